@@ -1,0 +1,211 @@
+"""The frozen records that cross layers, and the protocol every method follows.
+
+Words: query (image to judge), support (K normal images of the same task), task (organ/modality data set), teacher
+(frozen), student (trained), anomaly map (per pixel), image score (per image).  Higher always means more anomalous.
+Shapes: B batch, K shots, C channels, H W pixels, h w feature cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+Split = Literal["train", "val", "test"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Image:
+    """One 2-D image as stored, before any intensity rule: see `data.readers.read_image`.
+
+    Attributes:
+        pixels: (C, H, W) float32 with C in {1, 3}, finite, in the stored unit (counts, Hounsfield units, ...).
+        value_range: Lowest and highest value the stored format can express, such as (0, 255) for 8 bit or the output
+            range of a DICOM file's own VOI transform; None where the file does not say (NIfTI, float TIFF).
+        invert: True for DICOM MONOCHROME1: the presentation step turns x into 1 - x *after* the intensity rule.
+        spacing: Pixel spacing in mm, (row, column), or None where unknown.
+        path: The file.
+        frame: 0-based frame of a multi-frame file or slice of a volume; None for a plain 2-D file.
+        sha256: Hex digest of the whole file.
+    """
+
+    pixels: NDArray[np.float32]
+    value_range: tuple[float, float] | None
+    path: Path
+    sha256: str
+    frame: int | None = None
+    invert: bool = False
+    spacing: tuple[float, float] | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels of the source grid."""
+        return self.pixels.shape[1], self.pixels.shape[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One row of a manifest.
+
+    Attributes:
+        path: The image file.
+        task: Name of the organ/modality data set the image belongs to.
+        split: "train", "val" or "test".
+        label: 0 normal, 1 anomalous, None unknown.
+        frame: 0-based frame or slice when `path` holds several images, else None.
+        mask: File of the lesion mask (non-zero = lesion), or None.
+        patient_id: Grouping key of the patient, or None where unknown.
+        sha256: Hex digest of the file, or None until `manifest.with_hashes` computed it.
+    """
+
+    path: Path
+    task: str
+    split: Split = "test"
+    label: Literal[0, 1] | None = None
+    frame: int | None = None
+    mask: Path | None = None
+    patient_id: str | None = None
+    sha256: str | None = None
+
+    @property
+    def name(self) -> str:
+        """File name, with `#frame` where the file holds several images; used in tables and messages."""
+        return self.path.name if self.frame is None else f"{self.path.name}#{self.frame}"
+
+
+@dataclass(frozen=True, slots=True)
+class Intensity:
+    """How stored pixel values become [0, 1]; one fixed rule per data set, stored with the model and the bank.
+
+    Attributes:
+        rule: "auto" maps the range the file declares (bit depth, or the DICOM file's own VOI transform) to [0, 1] and
+            refuses files that declare none; "window" is (centre, width), "range" is (lowest, highest), both in the
+            stored unit; "percentile" is a pair of percentiles that must be *resolved* on training images with
+            `transforms.resolve_intensity` into a fixed "range" before use.
+        low: First number of the rule (centre, lowest or lower percentile); unused by "auto".
+        high: Second number of the rule (width, highest or upper percentile); unused by "auto".
+    """
+
+    rule: Literal["auto", "window", "range", "percentile"] = "auto"
+    low: float = 0.0
+    high: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocessing:
+    """Everything between a read image and the tensor a teacher sees, except the teacher's own normalisation.
+
+    Attributes:
+        size: (height, width) of the network input in pixels, multiples of the teacher's largest stride.
+        resize: "squash" ignores the aspect ratio (both papers), "pad" keeps it and fills with 0, centred.
+        interpolation: Resampling filter of the resize (D24FAD's release: "lanczos"; PDD's: "bilinear").
+        intensity: The rule that maps stored values to [0, 1].
+    """
+
+    size: tuple[int, int] = (128, 128)
+    resize: Literal["squash", "pad"] = "squash"
+    interpolation: Literal["lanczos", "bilinear"] = "lanczos"
+    intensity: Intensity = field(default_factory=Intensity)
+
+
+#: Frozen features of a batch: teacher name -> levels from shallow to deep, each (B, C, h, w).
+Features = Mapping[str, "Sequence[Tensor]"]
+
+
+class Comparison(NamedTuple):
+    """One level of a method's verdict: what the student says next to what it should have said.
+
+    Attributes:
+        student: (B, C, h, w).
+        target: (B, C, h, w).
+        weights: (B, K) share of every support image in `target`, rows sum to 1, or None.
+    """
+
+    student: Tensor
+    target: Tensor
+    weights: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SupportBank:
+    """K normal images of one task, encoded once; immutable, can be saved, refused by a detector it was not made with.
+
+    Attributes:
+        tensors: Method-specific tensors whose first axis is K, by name.
+        task: Task the images belong to.
+        names: K display names.
+        sha256: K file digests.
+        preprocessing: How the images were prepared; queries are prepared the same way.
+        model_hash: Digest of the teacher's and the student's weights that made the tensors.
+    """
+
+    tensors: Mapping[str, Tensor]
+    task: str
+    names: tuple[str, ...]
+    sha256: tuple[str, ...]
+    preprocessing: Preprocessing
+    model_hash: str
+
+    @property
+    def shots(self) -> int:
+        """K, the number of support images."""
+        return len(self.names)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prediction:
+    """The verdict on one image, or the reason there is none.
+
+    Attributes:
+        sample: The manifest row (or a row made from the path).
+        score: Image score, raw and unbounded, higher = more anomalous; NaN with an error.
+        anomaly_map: (H0, W0) float32 on the source pixel grid, or None with an error.
+        image: (C, H0, W0) float32 in [0, 1] after the intensity rule, for display, or None with an error.
+        support_weights: (levels, K) float32, how much every support image counted, or None.
+        spacing: mm per pixel of the source, (row, column), or None.
+        seconds: Wall time this image cost (its share of the batch).
+        error: One line saying why there is no score, or None.
+    """
+
+    sample: Sample
+    score: float
+    anomaly_map: NDArray[np.float32] | None = None
+    image: NDArray[np.float32] | None = None
+    support_weights: NDArray[np.float32] | None = None
+    spacing: tuple[float, float] | None = None
+    seconds: float = 0.0
+    error: str | None = None
+
+
+class Method(Protocol):
+    """What `methods.METHODS` holds: four steps that training, prediction and benchmarks all share."""
+
+    def extract(self, images: Tensor) -> Features:
+        """Frozen teacher features of (B, 3, H, W) images in [0, 1]; cacheable, never trained."""
+        ...
+
+    def encode(self, features: Features) -> Sequence[Tensor]:
+        """The trainable per-image part: student features, shallow to deep, each (B, C, h, w)."""
+        ...
+
+    def embed_support(self, features: Features) -> dict[str, Tensor]:
+        """Everything about K support images that does not depend on the query; first axis K."""
+        ...
+
+    def compare(self, encoded: Sequence[Tensor], support: Mapping[str, Tensor]) -> list[Comparison]:
+        """One comparison per level between encoded queries and an embedded support."""
+        ...
+
+    def training_loss(self, query: Features, support: Features) -> dict[str, Tensor]:
+        """{"total": scalar, ...named parts} of B episodes; support tensors are (B, K, C, h, w)."""
+        ...
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The trainable weights by name (teachers excluded)."""
+        ...
