@@ -1,0 +1,78 @@
+"""Patch nearest neighbours: the reference every few-shot method has to beat.
+
+Each patch of the query is compared with its nearest patch, by cosine, among the frozen teacher's patches of the K
+supports, at each of the first three levels.  Nothing is trained.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from anatomaly.types import Comparison
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from anatomaly.backbones.timm_features import TimmTeacher
+    from anatomaly.types import Features
+
+
+class PatchNearestNeighbours(nn.Module):
+    """Nearest support patch of the teacher's features; follows `types.Method` and has no weights of its own.
+
+    Args:
+        teacher: Frozen backbone.
+    """
+
+    def __init__(self, teacher: TimmTeacher) -> None:
+        super().__init__()
+        self._teacher = [teacher]
+
+    @property
+    def teacher(self) -> TimmTeacher:
+        """The frozen backbone."""
+        return self._teacher[0]
+
+    def extract(self, images: Tensor) -> Features:
+        """Teacher pyramid of (B, 3, H, W) images in [0, 1]."""
+        return {"teacher": self.teacher(images)}
+
+    def encode(self, features: Features) -> list[Tensor]:
+        """The teacher's first three levels, unchanged."""
+        return list(features["teacher"][:-1])
+
+    def embed_support(self, features: Features) -> dict[str, Tensor]:
+        """Unit-length patches of K supports: "patches_l", each (K, C, h, w)."""
+        return {f"patches_{level}": F.normalize(f.float(), dim=1) for level, f in enumerate(self.encode(features))}
+
+    def compare(self, encoded: Sequence[Tensor], support: Mapping[str, Tensor]) -> list[Comparison]:
+        """Pair every query patch with the most similar of the K*h*w support patches of its level.
+
+        The (B, K) weights are the share of the query's patches whose nearest neighbour is in support k.
+        """
+        comparisons = []
+        for level, query in enumerate(encoded):
+            bank = support[f"patches_{level}"]
+            shots, channels, h, w = bank.shape
+            patches = bank.permute(0, 2, 3, 1).reshape(-1, channels)  # (K*h*w, C)
+            targets, weights = [], []
+            for one in F.normalize(query.float(), dim=1):  # one image at a time bounds memory
+                nearest = (one.flatten(1).T @ patches.T).argmax(dim=1)  # (h*w,)
+                targets.append(patches[nearest].T.reshape(one.shape))
+                weights.append(torch.bincount(nearest // (h * w), minlength=shots) / len(nearest))
+            comparisons.append(Comparison(query, torch.stack(targets), torch.stack(weights)))
+        return comparisons
+
+    def training_loss(self, query: Features, support: Features) -> dict[str, Tensor]:
+        """There is nothing to train.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError("PatchNearestNeighbours has no trainable part; use it without fit.")

@@ -1,0 +1,54 @@
+"""Shared fixtures: the offline teacher, and models filled with the golden weights."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+GOLDEN = Path(__file__).parent / "golden"
+sys.path.insert(0, str(GOLDEN))
+sys.path.insert(0, str(Path(__file__).parent / "reference"))
+REAL = Path(__file__).parents[2] / "shared" / "data" / "real"
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "realdata" in item.keywords and not REAL.is_dir():
+            item.add_marker(pytest.mark.skip(reason="../shared/data/real is absent"))
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    return REAL
+
+
+@pytest.fixture(scope="session")
+def lite0():
+    from anatomaly.backbones import build_backbone
+
+    return build_backbone("efficientnet_lite0")
+
+
+@pytest.fixture(scope="session")
+def golden_files(tmp_path_factory):
+    """Official-format weight files with the golden filling: a torchvision state dict and a {decoder, weight} file."""
+    from golden_io import fill_entry
+    from torchvision.models import wide_resnet50_2
+
+    folder = tmp_path_factory.mktemp("golden")
+
+    def fill(shapes, factor=1.0):
+        return {k: factor * torch.as_tensor(fill_entry(k, tuple(shape))) for k, shape in shapes.items()}
+
+    teacher = folder / "wide_resnet50_2.pth"
+    torch.save(fill({k: v.shape for k, v in wide_resnet50_2().state_dict().items()}), teacher)
+    decoder = json.loads((GOLDEN / "keys_d24fad_decoder.json").read_text())
+    l2w = json.loads((GOLDEN / "keys_d24fad_l2w.json").read_text())
+    checkpoint, training_checkpoint = folder / "d24fad.pth", folder / "d24fad_train.pth"
+    torch.save({"decoder": fill(decoder), "weight": fill(l2w)}, checkpoint)
+    torch.save({"decoder": fill(decoder), "weight": fill(l2w, 0.03)}, training_checkpoint)
+    return {"teacher": teacher, "eval": checkpoint, "train": training_checkpoint}
