@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-
-from anatomaly.types import Comparison as Comparison
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-
-@dataclass(frozen=True, slots=True)
-class Scoring:
-    """How a map becomes a score.
-
-    Attributes:
-        blur: Standard deviation of the per-image Gaussian in input pixels; 0 switches it off.
-        pooling: "max" (D24FAD's release), "mean" (its paper), or "topk", the mean of the highest `top_fraction`.
-        top_fraction: Share of the pixels that "topk" averages, in (0, 1].
-    """
-
-    blur: float = 4.0
-    pooling: Literal["max", "mean", "topk"] = "max"
-    top_fraction: float = 0.01
+    from anatomaly.types import Comparison, Scoring
 
 
 def anomaly_map(comparisons: Sequence[Comparison], size: tuple[int, int]) -> Tensor:
@@ -45,6 +29,7 @@ def anomaly_map(comparisons: Sequence[Comparison], size: tuple[int, int]) -> Ten
         ValueError: `comparisons` is empty.
 
     Example:
+        >>> from anatomaly.types import Comparison
         >>> f = torch.ones(2, 8, 4, 4)
         >>> anomaly_map([Comparison(f, f), Comparison(f, -f)], (16, 16)).mean()
         tensor(2.)
@@ -89,6 +74,7 @@ def image_score(maps: Tensor, scoring: Scoring) -> Tensor:
         (B,), float32.
 
     Example:
+        >>> from anatomaly.types import Scoring
         >>> maps = torch.arange(8.0).reshape(1, 2, 4)
         >>> image_score(maps, Scoring(pooling="topk", top_fraction=0.25))
         tensor([6.5000])

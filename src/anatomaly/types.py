@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -114,6 +114,21 @@ class Preprocessing:
     intensity: Intensity = field(default_factory=Intensity)
 
 
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """How a map becomes a score.
+
+    Attributes:
+        blur: Standard deviation of the per-image Gaussian in input pixels; 0 switches it off.
+        pooling: "max" (D24FAD's release), "mean" (its paper), or "topk", the mean of the highest `top_fraction`.
+        top_fraction: Share of the pixels that "topk" averages, in (0, 1].
+    """
+
+    blur: float = 4.0
+    pooling: Literal["max", "mean", "topk"] = "max"
+    top_fraction: float = 0.01
+
+
 #: Frozen features of a batch: teacher name -> levels from shallow to deep, each (B, C, h, w).
 Features = Mapping[str, "Sequence[Tensor]"]
 
@@ -143,6 +158,7 @@ class SupportBank:
         sha256: K file digests.
         preprocessing: How the images were prepared; queries are prepared the same way.
         model_hash: Digest of the teacher's and the student's weights that made the tensors.
+        map_range: (low, high) of the fixed colour scale, from the supports' own leave-one-out maps.
     """
 
     tensors: Mapping[str, Tensor]
@@ -151,6 +167,7 @@ class SupportBank:
     sha256: tuple[str, ...]
     preprocessing: Preprocessing
     model_hash: str
+    map_range: tuple[float, float]
 
     @property
     def shots(self) -> int:
@@ -206,6 +223,3 @@ class Method(Protocol):
         """{"total": scalar, ...named parts} of B episodes; support tensors are (B, K, C, h, w)."""
         ...
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """The trainable weights by name (teachers excluded)."""
-        ...

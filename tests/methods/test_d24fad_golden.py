@@ -7,8 +7,8 @@ from golden_io import Golden, uniform
 from anatomaly.backbones import build_backbone
 from anatomaly.backbones.weights import read_state
 from anatomaly.methods.d24fad import D24FAD, LearnToWeight, distance, import_d24fad
-from anatomaly.scoring import Scoring, anomaly_map, blur, image_score
-from anatomaly.types import Comparison
+from anatomaly.scoring import anomaly_map, blur, image_score
+from anatomaly.types import Comparison, Scoring
 
 FOLDER = __file__.rsplit("/", 2)[0] + "/golden"
 

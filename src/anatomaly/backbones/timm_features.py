@@ -47,6 +47,7 @@ class TimmTeacher(nn.Module):
         name: Name in `BACKBONES`.
         channels: Channels of the levels, shallow to deep.
         strides: Input pixels per feature cell of the levels.
+        signed: The levels take negative values (no ReLU at their end), found by running the model once.
         weights_hash: Digest of names and values of all weights; identifies the teacher in bundles and banks.
 
     Args:
@@ -75,7 +76,10 @@ class TimmTeacher(nn.Module):
         self.register_buffer("mean", torch.tensor(spec.mean or config["mean"]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std or config["std"]).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False)
+        self.to(memory_format=torch.channels_last)  # 10-25 % faster on CPUs, much faster on GPUs in bf16
         super().train(False)
+        probe = self(torch.linspace(0, 1, 3 * (4 * self.strides[-1]) ** 2).view(1, 3, 4 * self.strides[-1], -1))
+        self.signed = any(bool((level < 0).any()) for level in probe)
 
     def train(self, mode: bool = True) -> TimmTeacher:
         """Stay in eval mode: a teacher's BatchNorm statistics must never move."""
@@ -102,7 +106,7 @@ class TimmTeacher(nn.Module):
             )
         if self.normalise:
             images = (images - self.mean) / self.std
-        return tuple(self.body(images)[-LEVELS:])
+        return tuple(self.body(images.contiguous(memory_format=torch.channels_last))[-LEVELS:])
 
 
 def _build(name: str, spec: TimmSpec, weights: str) -> nn.Module:

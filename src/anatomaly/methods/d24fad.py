@@ -93,7 +93,7 @@ class D24FAD(nn.Module):
         self.tsd_weight = tsd_weight
         # The teacher is not a submodule: state_dict(), parameters() and train() concern the trainable part only.
         self._teacher = [teacher]
-        self.student = Decoder(teacher.channels, teacher.strides)
+        self.student = Decoder(teacher.channels, teacher.strides, signed=teacher.signed)
         self.l2w = LearnToWeight(teacher.channels[:-1], scale=softmax_scale)
 
     @property

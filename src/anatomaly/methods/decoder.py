@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 if TYPE_CHECKING:
@@ -22,10 +23,14 @@ class UpBlock(nn.Module):
         in_channels: Channels of the input.
         out_channels: Channels of the output.
         factor: Enlargement of height and width; 1 keeps the size.
+
+    Attributes:
+        signed: The block does not end in a ReLU.
     """
 
     def __init__(self, in_channels: int, out_channels: int, factor: int = 1) -> None:
         super().__init__()
+        self.signed = False
         width = out_channels // 2
         self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -54,7 +59,7 @@ class UpBlock(nn.Module):
         x = self.relu(self.bn2(self.conv2(x)))
         x = self.bn3(self.conv3(x))
         x += shortcut
-        return self.relu(x)
+        return x if self.signed else self.relu(x)
 
 
 class Decoder(nn.Module):
@@ -64,24 +69,32 @@ class Decoder(nn.Module):
         channels: Channels of the teacher's four levels, shallow to deep; the last one is the input.
         strides: Strides of the same levels; neighbouring ones must divide each other.
         blocks: Blocks per stage, deep to shallow; D24FAD [3, 4, 6], PDD [2, 2, 2].
+        signed: The teacher's levels take negative values, so a stage must not end in a ReLU.  False for the ResNets of
+            both papers; a student that cannot be negative cannot follow EfficientNet's or VMamba's features.
 
     Note: 3x3 and 1x1 convolutions start Kaiming-normal (fan out), transposed ones keep PyTorch's default.
     """
 
     def __init__(
-        self, channels: Sequence[int], strides: Sequence[int], *, blocks: tuple[int, int, int] = (3, 4, 6)
+        self,
+        channels: Sequence[int],
+        strides: Sequence[int],
+        *,
+        blocks: tuple[int, int, int] = (3, 4, 6),
+        signed: bool = False,
     ) -> None:
         super().__init__()
         if len(channels) != 4 or len(strides) != 4:
             raise ValueError(f"Decoder: got {len(channels)} channels and {len(strides)} strides, expected 4 of each.")
         shallow, middle, deep, bottleneck = channels
         factors = [strides[i + 1] // strides[i] for i in range(3)]
-        self.layer1 = _stage(bottleneck, deep, factors[2], blocks[0])
-        self.layer2 = _stage(deep, middle, factors[1], blocks[1])
-        self.layer3 = _stage(middle, shallow, factors[0], blocks[2])
+        self.layer1 = _stage(bottleneck, deep, factors[2], blocks[0], signed)
+        self.layer2 = _stage(deep, middle, factors[1], blocks[1], signed)
+        self.layer3 = _stage(middle, shallow, factors[0], blocks[2], signed)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.to(memory_format=torch.channels_last)  # the teacher's layout
 
     def forward(self, bottleneck: Tensor) -> list[Tensor]:
         """Predict the teacher's first three levels.
@@ -98,6 +111,7 @@ class Decoder(nn.Module):
         return [shallow, middle, deep]
 
 
-def _stage(in_channels: int, out_channels: int, factor: int, blocks: int) -> nn.Sequential:
-    first = UpBlock(in_channels, out_channels, factor)
-    return nn.Sequential(first, *(UpBlock(out_channels, out_channels) for _ in range(blocks - 1)))
+def _stage(in_channels: int, out_channels: int, factor: int, blocks: int, signed: bool) -> nn.Sequential:
+    stage = [UpBlock(in_channels, out_channels, factor), *(UpBlock(out_channels, out_channels) for _ in range(blocks - 1))]
+    stage[-1].signed = signed
+    return nn.Sequential(*stage)

@@ -1,0 +1,213 @@
+"""Models and support banks on disk: safetensors for numbers, JSON for facts, never pickle.
+
+A bundle is a folder: ``config.json`` (method, teacher identity and hash, preprocessing, scoring, training facts,
+versions), ``weights.safetensors`` (the trainable part) and, when the teacher came from a user's own file,
+``teacher.safetensors``.  A bank is one safetensors file whose metadata holds its facts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from anatomaly import __version__
+from anatomaly.backbones.weights import load_strict, state_digest
+from anatomaly.errors import NotReadyError, OutputError, WeightsError
+from anatomaly.types import Intensity, Preprocessing, Scoring, SupportBank
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+    from torch import Tensor
+
+    from anatomaly.methods import D24FAD, PatchNearestNeighbours
+
+FORMAT = 1
+CONFIG, WEIGHTS, TEACHER = "config.json", "weights.safetensors", "teacher.safetensors"
+
+
+def save_bundle(
+    folder: Path, method: D24FAD | PatchNearestNeighbours, config: Mapping[str, Any], *, with_teacher: bool
+) -> None:
+    """Write a bundle; every file appears whole or not at all.
+
+    Args:
+        folder: Created if needed; files of an older bundle are replaced.
+        method: Its trainable weights are stored.
+        config: JSON-able facts; format, versions and the weights' digest are added here.
+        with_teacher: Store the teacher's weights too.
+
+    Raises:
+        OutputError: The folder cannot be written.
+    """
+    state = method.state_dict()
+    facts = {
+        "format": FORMAT,
+        **config,
+        "weights_hash": state_digest(state),
+        "versions": {"anatomaly": __version__, "torch": _version("torch"), "python": platform.python_version()},
+        "note": "Research only, not for clinical use.",
+    }
+    write_tensors(folder / WEIGHTS, state)
+    if with_teacher:
+        write_tensors(folder / TEACHER, method.teacher.body.state_dict())
+    write_text(folder / CONFIG, json.dumps(facts, indent=2) + "\n")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read a bundle's facts.
+
+    Raises:
+        NotReadyError: The folder is not a bundle, or one of a newer format.
+    """
+    file = folder / CONFIG
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        version = facts["format"]
+        for key in ("method", "teacher", "preprocessing", "task_intensity", "scoring", "weights_hash"):
+            facts[key]
+    except (OSError, ValueError, KeyError, TypeError) as err:
+        raise NotReadyError(
+            f"{folder}: not a model bundle (no usable {CONFIG}). Make one with `anatomaly fit` or `anatomaly import`."
+        ) from err
+    if version != FORMAT:
+        raise NotReadyError(f"{folder}: bundle format {version}, expected {FORMAT}. Update anatomaly.")
+    return dict(facts)
+
+
+def load_weights(folder: Path, method: torch.nn.Module, *, expected: str) -> None:
+    """Load a bundle's weights into a freshly built method.
+
+    Raises:
+        WeightsError: The file is missing, does not fit, or its values are not those that `config.json` names.
+    """
+    state = read_tensors(folder / WEIGHTS)
+    load_strict(method, state, where=str(folder / WEIGHTS))
+    if (got := state_digest(state)) != expected:
+        raise WeightsError(
+            f"{folder / WEIGHTS}: digest {got[:16]}..., {CONFIG} says {expected[:16]}... "
+            "The two files are not from the same run; copy the whole bundle again."
+        )
+
+
+def save_bank(bank: SupportBank, file: Path) -> None:
+    """Write a support bank to one safetensors file.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    facts = {
+        "format": FORMAT,
+        "task": bank.task,
+        "names": bank.names,
+        "sha256": bank.sha256,
+        "preprocessing": asdict(bank.preprocessing),
+        "model_hash": bank.model_hash,
+        "map_range": bank.map_range,
+    }
+    write_tensors(file, bank.tensors, {"bank": json.dumps(facts)})
+
+
+def load_bank(file: Path) -> SupportBank:
+    """Read a support bank.
+
+    Raises:
+        NotReadyError: The file is not a support bank.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as stream:
+            facts = json.loads((stream.metadata() or {})["bank"])
+            tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118 (not a dict)
+        return SupportBank(
+            tensors=tensors,
+            task=facts["task"],
+            names=tuple(facts["names"]),
+            sha256=tuple(facts["sha256"]),
+            preprocessing=preprocessing_from(facts["preprocessing"]),
+            model_hash=facts["model_hash"],
+            map_range=(facts["map_range"][0], facts["map_range"][1]),
+        )
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as err:
+        raise NotReadyError(f"{file}: not a support bank. Make one with `anatomaly predict --bank_out FILE`.") from err
+
+
+def preprocessing_from(facts: Mapping[str, Any]) -> Preprocessing:
+    """Rebuild a `Preprocessing` from its JSON form."""
+    height, width = facts["size"]
+    return Preprocessing(
+        size=(int(height), int(width)),
+        resize=facts["resize"],
+        interpolation=facts["interpolation"],
+        intensity=Intensity(**facts["intensity"]),
+    )
+
+
+def scoring_from(facts: Mapping[str, Any]) -> Scoring:
+    """Rebuild a `Scoring` from its JSON form."""
+    return Scoring(**facts)
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        WeightsError: It is missing or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return dict(load_file(file))
+    except (OSError, SafetensorError) as err:
+        raise WeightsError(f"{file}: missing or damaged. Copy the whole bundle again.") from err
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file whole or not at all.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    from safetensors.torch import save
+
+    _write(file, save({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, metadata))
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a UTF-8 text file whole or not at all.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    _write(file, text.encode())
+
+
+def _write(file: Path, content: bytes) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=file.name, delete=False) as stream:
+            try:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            except OSError:
+                Path(stream.name).unlink(missing_ok=True)
+                raise
+        Path(stream.name).chmod(0o644)
+        Path(stream.name).replace(file)
+    except OSError as err:
+        raise OutputError(f"{file}: cannot be written ({err.strerror}). Free some space or choose another folder.") from err
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)

@@ -1,0 +1,172 @@
+"""NIfTI volumes: slices of a volume in, a volume of anomaly maps on the original voxel grid out.
+
+A slice is shown the same way whatever order and direction the file stores its axes in.  With the file's axes flipped
+and permuted to the closest canonical orientation (x to the patient's right, y to the front, z to the head), slice k is
+
+    displayed[row, column] = canonical[x=column, y=Ny-1-row, z=k]
+
+so slices count from inferior to superior, rows run from anterior to posterior, columns from the patient's left to the
+right.  `write_volume` is the exact inverse.
+"""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anatomaly.data.decoding import Decoded, check_size, pick_frame, reading
+from anatomaly.errors import NotReadyError, OutputError, ReadError, ShapeError
+
+_MM_PER_UNIT = {"mm": 1.0, "meter": 1e3, "micron": 1e-3, "unknown": 1.0}
+
+
+class _Geometry(NamedTuple):
+    """How the three stored axes lie in the canonical volume."""
+
+    orientation: NDArray[np.float64]  # (3, 2): canonical axis and direction (1 or -1) of every stored axis
+    shape: tuple[int, int, int]  # of the stored volume, trailing axes of length 1 dropped, missing ones added
+
+    def stored_axis(self, canonical_axis: int) -> int:
+        return int(np.flatnonzero(self.orientation[:, 0] == canonical_axis)[0])
+
+    def canonical_shape(self) -> tuple[int, int, int]:
+        x, y, z = (self.shape[self.stored_axis(axis)] for axis in range(3))
+        return x, y, z
+
+
+def count_slices(path: Path) -> int:
+    """Number of slices of a NIfTI volume along the canonical inferior-superior axis."""
+    return _geometry(_open_header(path)).canonical_shape()[2]
+
+
+def decode(path: Path, frame: int | None, _apply_voi: bool) -> Decoded:
+    """Decode slice `frame` of a NIfTI volume, counted from inferior to superior; scl_slope and scl_inter are applied.
+
+    Raises:
+        ReadError: More than one volume inside, no such slice, colour or complex voxels, an affine without orientation.
+        NotReadyError: nibabel is not installed.
+    """
+    image, stored = _open_volume(path, path.stat().st_mtime_ns)
+    geometry = _geometry(image)
+    width, height, count = geometry.canonical_shape()
+    check_size(height, width)
+    index = pick_frame(frame, count)
+
+    axis = geometry.stored_axis(2)
+    forward = geometry.orientation[axis, 1] == 1
+    slab = np.take(stored.reshape(geometry.shape), [index if forward else count - 1 - index], axis)
+    canonical = _nibabel().apply_orientation(slab, geometry.orientation)[:, :, 0]  # (x, y)
+    slope, intercept = np.float64(image.dataobj.slope), np.float64(image.dataobj.inter)
+    pixels = (canonical.T[::-1] * slope + intercept).astype(np.float32)
+
+    zooms = [float(zoom) for zoom in image.header.get_zooms()[:3]] + [1.0] * 3
+    unit = _MM_PER_UNIT.get(image.header.get_xyzt_units()[0], 1.0)
+    spacing = (zooms[geometry.stored_axis(1)] * unit, zooms[geometry.stored_axis(0)] * unit)
+    return Decoded(pixels[None], None, index if count > 1 else None, spacing=spacing)
+
+
+def write_volume(maps: Mapping[int, NDArray[np.float32]], source: Path, out: Path) -> None:
+    """Write the maps of a volume's slices as one float32 NIfTI on the grid of `source`.
+
+    Shape, axis order, affine and units are those of `source`, so viewers overlay the two voxel by voxel.  Header
+    extensions are not copied: they may hold patient data.
+
+    Args:
+        maps: Slice number as in `read_image(..., frame=)` -> (H0, W0) map as displayed.  Slices without a map are 0.
+        source: The NIfTI volume the slices were read from.
+        out: File to write, .nii.gz or .nii.
+
+    Raises:
+        ReadError: `source` cannot be read.
+        ShapeError: A map does not fit the slices of `source`, or there is no such slice.
+        OutputError: `out` has another suffix or cannot be written.
+    """
+    if not out.name.endswith((".nii", ".nii.gz")):
+        raise OutputError(f"{out}: has suffix {out.suffix!r}, expected .nii.gz or .nii. Rename the output.")
+    with reading(source):
+        image = _open_header(source)
+        geometry = _geometry(image)
+    width, height, count = geometry.canonical_shape()
+    canonical = np.zeros((width, height, count), np.float32)
+    for index, anomaly_map in maps.items():
+        if not 0 <= index < count:
+            raise ShapeError(f"{source}: there is a map for slice {index}, the volume has slices 0..{count - 1}.")
+        if anomaly_map.shape != (height, width):
+            raise ShapeError(
+                f"{source}: the map of slice {index} is {anomaly_map.shape}, slices are {(height, width)}. "
+                "Restore maps to the source grid first."
+            )
+        canonical[:, :, index] = anomaly_map[::-1].T
+
+    nibabel = _nibabel()
+    stored_order = nibabel.orientations.ornt_transform([[0, 1], [1, 1], [2, 1]], geometry.orientation)
+    voxels = nibabel.apply_orientation(canonical, stored_order).reshape(image.shape)
+    header = image.header.copy()
+    header.set_data_dtype(np.float32)
+    header["cal_min"] = header["cal_max"] = 0  # the source's display window means nothing for a map
+    header["descrip"] = b"anatomaly anomaly map"
+    header.extensions.clear()
+    try:
+        nibabel.save(type(image)(voxels, image.affine, header), out)
+    except OSError as err:
+        raise OutputError(f"{out}: cannot be written ({err.strerror or err}). Check the folder and the disk.") from err
+
+
+def _nibabel() -> Any:
+    """The optional library, imported on first use."""
+    try:
+        import nibabel
+    except ModuleNotFoundError as err:
+        raise NotReadyError('is a NIfTI file, nibabel is not installed. Run: pip install "anatomaly[nifti]"') from err
+    return nibabel
+
+
+@lru_cache(maxsize=1)
+def _open_volume(path: Path, _modified_ns: int) -> tuple[Any, NDArray[Any]]:
+    """The image and its unscaled voxels; one volume is kept, because its slices are read one after the other."""
+    return _open(path, with_voxels=True)
+
+
+def _open_header(path: Path) -> Any:
+    return _open(path, with_voxels=False)[0]
+
+
+def _open(path: Path, *, with_voxels: bool) -> tuple[Any, NDArray[Any]]:
+    """Open by content, whatever the file is called."""
+    nibabel = _nibabel()
+    with path.open("rb") as file:
+        zipped = file.read(2) == b"\x1f\x8b"
+    with gzip.open(path) if zipped else path.open("rb") as stream:
+        start = stream.read(348)
+        stream.seek(0)
+        if start[344:348] == b"ni1\0" or start[4:8] == b"ni2\0":
+            raise ReadError("is the header half of a .hdr/.img pair. Convert the pair to one .nii.gz file.")
+        image = (nibabel.Nifti2Image if start[4:8] == b"n+2\0" else nibabel.Nifti1Image).from_stream(stream)
+        dtype = image.get_data_dtype()
+        if dtype.kind not in "iuf":
+            raise ReadError(f"has voxels of type {dtype}, expected real numbers. Convert it to a grey volume.")
+        if not with_voxels:
+            return image, np.empty(0)
+        voxels = image.dataobj.get_unscaled()
+        while zipped and stream.read(2**20):  # the checksum is only looked at when the end is reached
+            pass
+        return image, voxels
+
+
+def _geometry(image: Any) -> _Geometry:
+    if any(length != 1 for length in image.shape[3:]):
+        raise ReadError(
+            f"has shape {image.shape}, expected one 3-D volume. "
+            "Save the volume you want on its own (nibabel.four_to_three or fslsplit)."
+        )
+    orientation = _nibabel().io_orientation(image.affine)
+    if not np.isfinite(orientation).all():
+        raise ReadError("has a singular affine, so its axes have no direction. Repair its sform or qform.")
+    x, y, z = (*image.shape, 1, 1, 1)[:3]
+    return _Geometry(orientation, (int(x), int(y), int(z)))

@@ -1,0 +1,401 @@
+"""The spine every number comes from: `predict_tensor`, and the `Detector` that carries it to files.
+
+Training calls `predict_tensor` to choose a checkpoint, benchmarks call it to measure, `Detector.predict` calls it to
+judge a scan: one function, no state, and images that do not see their neighbours in the batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from anatomaly.backbones import build_backbone
+from anatomaly.backbones.weights import state_digest
+from anatomaly.bundle import (
+    TEACHER,
+    load_bank,
+    load_weights,
+    preprocessing_from,
+    read_config,
+    save_bank,
+    save_bundle,
+    scoring_from,
+)
+from anatomaly.data.layouts import samples_of
+from anatomaly.data.loading import load_batches
+from anatomaly.data.readers import read_image
+from anatomaly.data.transforms import load, resolve_intensity, restore_map
+from anatomaly.errors import AnatomalyError, ConfigError, NotReadyError, WeightsError
+from anatomaly.methods import build_method
+from anatomaly.results import scale_from_normals
+from anatomaly.scoring import anomaly_map, blur, image_score
+from anatomaly.types import Intensity, Prediction, Preprocessing, SupportBank
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from anatomaly.data.transforms import Prepared
+    from anatomaly.methods import D24FAD, PatchNearestNeighbours
+    from anatomaly.types import Comparison, Method, Sample, Scoring
+
+Precision = Literal["fp32", "bf16"]
+
+
+class Scored(NamedTuple):
+    """What `predict_tensor` returns: maps (B, H, W), scores (B,) and weights (B, levels, K) or None."""
+
+    maps: Tensor
+    scores: Tensor
+    weights: Tensor | None
+
+
+def encode_tensor(method: Method, images: Tensor, *, precision: Precision = "fp32") -> Sequence[Tensor]:
+    """The part of a prediction that needs no support: (B, 3, H, W) images in [0, 1] -> student features per level."""
+    with torch.inference_mode(), torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        return method.encode(method.extract(images))
+
+
+def compare_tensor(
+    method: Method,
+    encoded: Sequence[Tensor],
+    support: Mapping[str, Tensor],
+    *,
+    size: tuple[int, int],
+    scoring: Scoring,
+) -> Scored:
+    """The part of a prediction that does: encoded queries and an embedded support -> maps, scores and weights."""
+    with torch.inference_mode():
+        comparisons = method.compare(encoded, support)
+        maps = blur(anomaly_map(comparisons, size), scoring.blur)
+        return Scored(maps, image_score(maps, scoring), _weights(comparisons))
+
+
+def predict_tensor(
+    method: Method,
+    images: Tensor,
+    support: Mapping[str, Tensor],
+    *,
+    scoring: Scoring,
+    precision: Precision = "fp32",
+) -> Scored:
+    """Judge a batch of images against a support.
+
+    Args:
+        method: In eval mode.
+        images: (B, 3, H, W), float32, in [0, 1].
+        support: What `method.embed_support` returned.
+        scoring: Blur and pooling.
+        precision: Of teacher and student; maps and scores are float32 in any case.
+    """
+    encoded = encode_tensor(method, images, precision=precision)
+    return compare_tensor(method, encoded, support, size=(images.shape[2], images.shape[3]), scoring=scoring)
+
+
+def _weights(comparisons: Sequence[Comparison]) -> Tensor | None:
+    weights = [comparison.weights for comparison in comparisons if comparison.weights is not None]
+    return torch.stack(weights, dim=1) if weights else None
+
+
+def leave_one_out_maps(
+    method: Method, encoded: Sequence[Tensor], support: Mapping[str, Tensor], *, size: tuple[int, int], scoring: Scoring
+) -> Tensor:
+    """Maps of the K supports, each judged against the other K - 1.
+
+    Args:
+        method: In eval mode.
+        encoded: `method.encode` of the supports, each (K, C, h, w), K >= 2.
+        support: `method.embed_support` of the supports.
+        size: (H, W) of the maps.
+        scoring: Blur and pooling.
+
+    Returns:
+        (K, H, W), float32.
+    """
+    maps = []
+    for k in range(len(encoded[0])):
+        others = {name: torch.cat([tensor[:k], tensor[k + 1 :]]) for name, tensor in support.items()}
+        query = [level[k : k + 1] for level in encoded]
+        maps.append(compare_tensor(method, query, others, size=size, scoring=scoring).maps)
+    return torch.cat(maps)
+
+
+class Detector:
+    """A trained model ready to judge images: ``Detector.load(bundle).set_support(images).predict(paths)``.
+
+    Args:
+        method: Teacher and student.
+        preprocessing: The one way from a file to the model's input.
+        scoring: Blur and pooling.
+        facts: JSON-able facts for the bundle: "method", "teacher", "training".
+        task_intensity: Intensity rules of known tasks that differ from `preprocessing.intensity`.
+        device: Where to compute.
+        precision: "fp32", or "bf16" (faster on CPUs with AVX-512 bf16 or AMX and on GPUs).
+    """
+
+    def __init__(
+        self,
+        method: D24FAD | PatchNearestNeighbours,
+        *,
+        preprocessing: Preprocessing,
+        scoring: Scoring,
+        facts: Mapping[str, Any],
+        task_intensity: Mapping[str, Intensity] | None = None,
+        device: str = "auto",
+        precision: Precision = "fp32",
+    ) -> None:
+        self.device = torch.device(choose_device(device))
+        self.method = method.to(self.device).eval()
+        self.method.teacher.to(self.device)
+        self.preprocessing = preprocessing
+        self.task_intensity = dict(task_intensity or {})
+        self.scoring = scoring
+        self.facts = dict(facts)
+        self.precision: Precision = precision
+        self.bank: SupportBank | None = None
+        self.model_hash = _model_hash(method, self.facts)
+
+    @classmethod
+    def load(
+        cls,
+        bundle: str | Path,
+        *,
+        device: str = "auto",
+        precision: Precision = "fp32",
+        teacher_weights: str | None = None,
+    ) -> Detector:
+        """Load a bundle made by `fit` or `anatomaly import`.
+
+        Args:
+            bundle: The folder.
+            device: "auto", "cpu" or "cuda".
+            precision: "fp32" or "bf16".
+            teacher_weights: File to take the teacher's weights from instead of where the bundle says.
+
+        Raises:
+            NotReadyError: The folder is not a bundle.
+            WeightsError: The teacher's weights cannot be had, or are not those the student was trained with.
+        """
+        folder = Path(bundle)
+        config = read_config(folder)
+        teacher = config["teacher"]
+        stored = str(folder / TEACHER) if (folder / TEACHER).is_file() else teacher["weights"]
+        backbone = build_backbone(
+            teacher["name"], weights=teacher_weights or stored, normalise=teacher["normalise"]
+        )
+        if backbone.weights_hash != teacher["hash"]:
+            raise WeightsError(
+                f"{folder}: trained with {teacher['name']} weights {teacher['hash'][:12]}..., found "
+                f"{backbone.weights_hash[:12]}... Pass the same weights with --teacher_weights FILE."
+            )
+        method = build_method(teacher=backbone, **config["method"])
+        load_weights(folder, method, expected=config["weights_hash"])
+        return cls(
+            method,
+            preprocessing=preprocessing_from(config["preprocessing"]),
+            scoring=scoring_from(config["scoring"]),
+            facts={key: config[key] for key in ("method", "teacher", "training") if key in config},
+            task_intensity={task: Intensity(**rule) for task, rule in config["task_intensity"].items()},
+            device=device,
+            precision=precision,
+        )
+
+    def save(self, bundle: str | Path) -> None:
+        """Write a bundle; the teacher's weights go in only if they came from a user's own file.
+
+        Raises:
+            OutputError: The folder cannot be written.
+        """
+        own_file = self.facts["teacher"]["weights"] == "file"
+        facts = {
+            **self.facts,
+            "preprocessing": asdict(self.preprocessing),
+            "task_intensity": {task: asdict(rule) for task, rule in self.task_intensity.items()},
+            "scoring": asdict(self.scoring),
+        }
+        save_bundle(Path(bundle), self.method, facts, with_teacher=own_file)
+
+    def set_support(
+        self, images: Iterable[str | Path | Sample], *, task: str = "task", intensity: Intensity | None = None
+    ) -> Detector:
+        """Encode K normal images of a task once; later `predict` calls compare with them.
+
+        Args:
+            images: Files or manifest rows, K >= 1, all normal.
+            task: Name of the task.
+            intensity: Rule for this task's files where it differs from the training data's (another modality or unit);
+                "percentile" becomes a fixed range on these images.
+
+        Returns:
+            This detector, so that calls can be chained; the immutable bank is `.bank`.
+
+        Raises:
+            ReadError: A support image cannot be read.
+            ConfigError: There is no image, or the same image twice.
+        """
+        self.bank = self.make_bank(images, task=task, intensity=intensity)
+        return self
+
+    def make_bank(
+        self, images: Iterable[str | Path | Sample], *, task: str = "task", intensity: Intensity | None = None
+    ) -> SupportBank:
+        """Like `set_support`, but only return the bank."""
+        samples = [sample for item in images for sample in samples_of(item, task=task)]
+        if not samples:
+            raise ConfigError("support: got no images, expected at least 1 normal image. Check the support folder.")
+        rule = intensity or self.task_intensity.get(task, self.preprocessing.intensity)
+        fixed = resolve_intensity(rule, (read_image(s.path, frame=s.frame) for s in samples))
+        preprocessing = replace(self.preprocessing, intensity=fixed)
+        inputs, digests = [], []
+        for sample in samples:
+            pixels, _, image = load(sample, preprocessing)
+            inputs.append(torch.from_numpy(pixels))
+            digests.append(f"{image.sha256}#{sample.frame or 0}")
+        if len(set(digests)) < len(digests):
+            twice = next(s.name for s, d in zip(samples, digests, strict=True) if digests.count(d) > 1)
+            raise ConfigError(f"support: {twice} is given twice, expected K different images. Remove the copies.")
+        stack = torch.stack(inputs).to(self.device)
+        with torch.inference_mode(), torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.precision == "bf16"
+        ):
+            features = self.method.extract(stack)
+            tensors = self.method.embed_support(features)
+            encoded = self.method.encode(features)
+        map_range = (0.0, 0.5 * len(encoded))  # a fixed guess where a single support leaves nothing to compare with
+        if len(samples) > 1:
+            size = self.preprocessing.size
+            normal = leave_one_out_maps(self.method, encoded, tensors, size=size, scoring=self.scoring)
+            map_range = scale_from_normals(list(normal.cpu().numpy()))
+        return SupportBank(
+            tensors=tensors,
+            task=task,
+            names=tuple(sample.name for sample in samples),
+            sha256=tuple(digests),
+            preprocessing=preprocessing,
+            model_hash=self.model_hash,
+            map_range=map_range,
+        )
+
+    def save_support(self, file: str | Path) -> None:
+        """Save the current bank to one safetensors file.
+
+        Raises:
+            NotReadyError: There is no support yet.
+            OutputError: The file cannot be written.
+        """
+        save_bank(self._ready(), Path(file))
+
+    def load_support(self, file: str | Path) -> Detector:
+        """Use a saved bank.
+
+        Raises:
+            NotReadyError: The file is not a bank, or was made with another model or another preprocessing.
+        """
+        self.bank = self.accept(load_bank(Path(file)))
+        return self
+
+    def accept(self, bank: SupportBank) -> SupportBank:
+        """Return the bank, moved to this detector's device, or refuse it.
+
+        Raises:
+            NotReadyError: It was made with another model or another preprocessing.
+        """
+        if bank.model_hash != self.model_hash:
+            raise NotReadyError(
+                f"support bank {bank.task!r}: made with model {bank.model_hash[:12]}..., this is "
+                f"{self.model_hash[:12]}... Encode the supports again with this model."
+            )
+        if replace(bank.preprocessing, intensity=self.preprocessing.intensity) != self.preprocessing:
+            raise NotReadyError(
+                f"support bank {bank.task!r}: made at {bank.preprocessing.size} ({bank.preprocessing.resize}), this "
+                f"model works at {self.preprocessing.size} ({self.preprocessing.resize}). Encode the supports again."
+            )
+        return replace(bank, tensors={key: tensor.to(self.device) for key, tensor in bank.tensors.items()})
+
+    def predict(
+        self, items: Iterable[str | Path | Sample], *, batch_size: int = 16, task: str = "task"
+    ) -> Iterator[Prediction]:
+        """Judge files against the current support, in order.
+
+        Args:
+            items: Files (a volume gives one prediction per slice) or manifest rows.
+            batch_size: Images per forward pass; does not change any score.
+            task: Task name of items given as files.
+
+        Yields:
+            One `Prediction` per image; an unreadable one carries `error` and ends nothing.
+
+        Raises:
+            NotReadyError: There is no support yet.
+        """
+        bank = self._ready()
+        samples = (sample for item in items for sample in samples_of(item, task=task))
+        started = time.perf_counter()
+        for batch in load_batches(samples, bank.preprocessing, batch_size=batch_size):
+            readable = [(item.sample, item.prepared) for item in batch if item.prepared is not None]
+            scored = iter(self._score(readable, bank))
+            seconds = (time.perf_counter() - started) / len(batch)
+            for item in batch:
+                failure = Prediction(sample=item.sample, score=float("nan"), error=item.error)
+                yield replace(failure if item.prepared is None else next(scored), seconds=seconds)
+            started = time.perf_counter()
+
+    def encode(self, inputs: Sequence[NDArray[np.float32]]) -> Sequence[Tensor]:
+        """Encode prepared (3, H, W) inputs once, to be compared with any number of banks."""
+        stack = torch.from_numpy(np.stack(inputs)).to(self.device)
+        return encode_tensor(self.method, stack, precision=self.precision)
+
+    def compare(self, encoded: Sequence[Tensor], bank: SupportBank) -> Scored:
+        """Maps, scores and weights of encoded images against one bank."""
+        size = self.preprocessing.size
+        return compare_tensor(self.method, encoded, bank.tensors, size=size, scoring=self.scoring)
+
+    def _score(self, items: Sequence[tuple[Sample, Prepared]], bank: SupportBank) -> list[Prediction]:
+        if not items:
+            return []
+        scored = self.compare(self.encode([prepared.input for _, prepared in items]), bank)
+        maps, scores = scored.maps.cpu().numpy(), scored.scores.tolist()
+        weights = None if scored.weights is None else scored.weights.float().cpu().numpy()
+        return [
+            Prediction(
+                sample=sample,
+                score=scores[i],
+                anomaly_map=restore_map(maps[i], prepared.image.size, bank.preprocessing),
+                image=prepared.display,
+                support_weights=None if weights is None else weights[i],
+                spacing=prepared.image.spacing,
+            )
+            for i, (sample, prepared) in enumerate(items)
+        ]
+
+    def _ready(self) -> SupportBank:
+        if self.bank is None:
+            raise NotReadyError("Detector: no support yet. Call set_support(images) or load_support(file) first.")
+        return self.bank
+
+
+def choose_device(device: str) -> str:
+    """Resolve "auto" to "cuda" where there is one, else "cpu".
+
+    Raises:
+        ConfigError: "cuda" is asked for and there is none.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: cuda asked for, this machine has none that torch can use. Pass --device cpu.")
+    return device
+
+
+def _model_hash(method: D24FAD | PatchNearestNeighbours, facts: Mapping[str, Any]) -> str:
+    """Digest of everything a bank's tensors depend on besides its images: weights, teacher scaling, choices."""
+    choices = repr((facts["method"], method.teacher.name, method.teacher.normalise, method.teacher.weights_hash))
+    return hashlib.sha256((choices + state_digest(method.state_dict())).encode()).hexdigest()

@@ -1,0 +1,408 @@
+"""Write the verdicts of a run as they arrive, and colour anomaly maps on one fixed scale.
+
+A run leaves `scores.csv` and `scores.jsonl` (one row per image, unreadable ones included), `maps/<stem>.npy` (float32
+on the source grid) and `overlays/<stem>.png`.  Every row is on disk before the next image is looked at, and a failed
+write never leaves half a row.  The colour scale belongs to the run, not to the image: stretching every map to its own
+minimum and maximum would paint normal images red.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import errno
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anatomaly.errors import ManifestError, OutputError
+from anatomaly.types import Prediction, Sample
+
+#: Columns of `scores.csv` that every run has; `weight_0` ... `weight_<K-1>` follow where there is a support bank.
+COLUMNS = ("path", "frame", "task", "label", "score", "status", "error", "seconds", "map", "overlay")
+
+# Nine anchors of the "inferno" colour map (van der Walt and Smith, CC0): its lightness rises evenly from black to pale
+# yellow, so that equal steps of the map look like equal steps and grey-scale printing keeps the order.
+_ANCHORS = (
+    (0, 0, 4), (31, 12, 72), (85, 15, 109), (136, 34, 106), (186, 54, 85),
+    (227, 89, 51), (249, 140, 10), (249, 201, 50), (252, 255, 164),
+)  # fmt: skip
+_STEPS = np.arange(256) / 255 * (len(_ANCHORS) - 1)
+_CHANNELS = [np.interp(_STEPS, range(len(_ANCHORS)), channel) for channel in zip(*_ANCHORS, strict=True)]
+_COLOURS = np.rint(np.stack(_CHANNELS, axis=1)).astype(np.uint8)  # (256, 3)
+_NO_VALUE = np.uint8(128)
+_OVERLAY_STRENGTH = 0.75  # below 1, so that anatomy shows through the brightest spot
+_PIXELS_PER_MAP = 65536
+
+
+def scale_from_normals(maps: Iterable[NDArray[Any]]) -> tuple[float, float]:
+    """Suggest a fixed colour scale from anomaly maps of images that are known to be normal.
+
+    The scale starts at the median pixel of the normal maps and spans three times the distance from there to their
+    99.5th percentile: the brightest spots of a normal image end up in the dark third, and there is room above them.
+
+    Args:
+        maps: At least one (H, W) map; sizes may differ.  Pixels that are not finite are ignored.
+
+    Returns:
+        (low, high) in map units, low < high even when all maps are constant.
+
+    Raises:
+        ValueError: There is no finite pixel in any map.
+
+    Example:
+        >>> scale_from_normals([np.arange(201.0)[:, None]])
+        (100.0, 397.0)
+    """
+    pixels = [_thinned(each) for each in maps]
+    pooled = np.concatenate([values[np.isfinite(values)] for values in pixels]) if pixels else np.empty(0)
+    if pooled.size == 0:
+        raise ValueError(f"scale_from_normals: got {len(pixels)} maps without a finite pixel, expected at least one.")
+    low, top = (float(value) for value in np.percentile(pooled, (50.0, 99.5)))
+    span = 3 * (top - low)
+    return low, low + max(span, 1e-6 * max(1.0, abs(low)))
+
+
+def _thinned(anomaly_map: NDArray[Any]) -> NDArray[np.float64]:
+    """Every n-th row and column, so that a large image has no more say than a small one."""
+    step = max(1, math.ceil(math.sqrt(anomaly_map.size / _PIXELS_PER_MAP)))
+    return np.asarray(anomaly_map[::step, ::step], dtype=np.float64).ravel()
+
+
+def _on_scale(anomaly_map: NDArray[Any], scale: tuple[float, float]) -> NDArray[np.float64]:
+    """Map values as positions on the colour scale: (H, W) in [0, 1], NaN where the map has no value."""
+    low, high = _checked(scale)
+    if anomaly_map.ndim != 2:
+        raise ValueError(f"anomaly map: has shape {anomaly_map.shape}, expected (H, W).")
+    return np.clip((np.asarray(anomaly_map, dtype=np.float64) - low) / (high - low), 0.0, 1.0)
+
+
+def _checked(scale: tuple[float, float]) -> tuple[float, float]:
+    low, high = scale
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ValueError(f"colour scale: got ({low}, {high}), expected two finite numbers, low < high.")
+    return low, high
+
+
+def render_map(anomaly_map: NDArray[Any], scale: tuple[float, float]) -> NDArray[np.uint8]:
+    """Colour an anomaly map: dark at the low end of the scale, pale yellow at the high end.
+
+    Args:
+        anomaly_map: (H, W) in map units.
+        scale: (low, high) in map units, the same for all images of a run; values outside take the end colours.
+
+    Returns:
+        (H, W, 3) RGB; mid-grey where the map is NaN.
+
+    Raises:
+        ValueError: The map is not two-dimensional, or not low < high.
+    """
+    position = _on_scale(anomaly_map, scale)
+    known = np.isfinite(position)
+    index = np.rint(np.where(known, position, 0.0) * 255).astype(np.intp)
+    colours: NDArray[np.uint8] = np.where(known[..., None], _COLOURS[index], _NO_VALUE)
+    return colours
+
+
+def overlay(image: NDArray[Any], anomaly_map: NDArray[Any], scale: tuple[float, float]) -> NDArray[np.uint8]:
+    """Lay the coloured map over the image in grey; the less anomalous a pixel, the more of the image shows.
+
+    Args:
+        image: (C, H, W) in [0, 1], C in {1, 3}.
+        anomaly_map: (H, W) in map units.
+        scale: (low, high) in map units, the same for all images of a run.
+
+    Returns:
+        (H, W, 3) RGB; the plain grey image wherever the map is at or below `low` or is NaN.
+
+    Raises:
+        ValueError: The shapes do not fit, or not low < high.
+    """
+    if image.ndim != 3 or image.shape[0] not in (1, 3) or image.shape[1:] != anomaly_map.shape:
+        raise ValueError(
+            f"overlay: the image is {image.shape} and the map {anomaly_map.shape}; "
+            "expected (C, H, W) with C 1 or 3, and (H, W) of the same size."
+        )
+    luma = np.array([0.299, 0.587, 0.114]) if len(image) == 3 else np.ones(1)
+    grey = np.clip(np.nan_to_num(np.tensordot(luma, image, axes=1)), 0.0, 1.0)[..., None] * 255  # (H, W, 1)
+    alpha = _OVERLAY_STRENGTH * np.nan_to_num(_on_scale(anomaly_map, scale))[..., None]
+    blend: NDArray[np.uint8] = np.rint((1 - alpha) * grey + alpha * render_map(anomaly_map, scale)).astype(np.uint8)
+    return blend
+
+
+class ResultWriter:
+    """The folder of one run, filled row by row: `with ResultWriter(out, scale=scale) as writer: writer.write(p)`.
+
+    `scores.csv` has the columns of `COLUMNS` and one `weight_<k>` per support image (mean over the levels); its numbers
+    have full precision and unknown values are empty.  `scores.jsonl` repeats the rows and adds what does not fit a flat
+    table: pixel spacing, weights of every level, names of the support images, colour scale.
+
+    Attributes:
+        out: The folder.
+        rows: Number of rows written so far.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        *,
+        scale: tuple[float, float],
+        support_names: Sequence[str] = (),
+        maps: bool = True,
+        overlays: bool = True,
+    ) -> None:
+        """Create the folder and both tables.
+
+        Args:
+            out: The folder; made if missing.  A folder that holds the scores of another run is refused.
+            scale: (low, high) in map units, the colour scale of all overlays.
+            support_names: K display names of the support images, in the order of `Prediction.support_weights`.
+            maps: Write the maps as arrays.
+            overlays: Write the overlays as pictures.
+
+        Raises:
+            OutputError: The folder cannot be written to, or already holds scores.
+            ValueError: Not low < high.
+        """
+        self.out = Path(out)
+        self.rows = 0
+        self._scale = _checked(scale)
+        self._support_names = tuple(support_names)
+        self._columns = (*COLUMNS, *(f"weight_{k}" for k in range(len(self._support_names))))
+        self._maps = maps
+        self._overlays = overlays
+        self._stems: set[str] = set()
+        try:
+            for folder in [self.out] + [self.out / "maps"] * maps + [self.out / "overlays"] * overlays:
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as err:
+            raise output_error(Path(err.filename), err) from err
+        # JSONL first: it is the fuller record, should the machine die between the two.
+        self._tables = [self._new_table(self.out / name) for name in ("scores.jsonl", "scores.csv")]
+        self._append(b"", _csv_line(self._columns))
+
+    def _new_table(self, path: Path) -> io.FileIO:
+        try:
+            return io.FileIO(path, "xb")  # unbuffered: one write call per row
+        except FileExistsError as err:
+            raise OutputError(f"{path}: already exists. Choose another output folder, or remove this one.") from err
+        except OSError as err:
+            raise output_error(path, err) from err
+
+    def __enter__(self) -> ResultWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for table in self._tables:
+            table.close()
+
+    def write(self, prediction: Prediction) -> None:
+        """Write the map, the overlay and then the row of one image; when this returns, all of it is on disk.
+
+        Args:
+            prediction: The verdict, or the error that takes its place.
+
+        Raises:
+            OutputError: A file cannot be written.  Rows written before stay as they are.
+            ValueError: The number of weights is not the number of support names.
+        """
+        weights = prediction.support_weights
+        if self._support_names and weights is not None and weights.shape[1] != len(self._support_names):
+            raise ValueError(
+                f"ResultWriter.write: {prediction.sample.name} has weights of shape {weights.shape}, "
+                f"expected (levels, {len(self._support_names)})."
+            )
+        row = _row(prediction)
+        row["map"], row["overlay"] = self._write_pictures(prediction)
+        mean = [None] * len(self._support_names) if weights is None else weights.mean(axis=0, dtype=np.float64).tolist()
+        flat = row | {f"weight_{k}": value for k, value in enumerate(mean)}
+        full = row | {
+            "score": prediction.score if math.isfinite(prediction.score) else None,  # JSON has no NaN
+            "spacing": prediction.spacing and [float(length) for length in prediction.spacing],
+            "scale": self._scale,
+            "support": self._support_names,
+            "support_weights": None if weights is None else _json_numbers(weights),
+        }
+        self._append((json.dumps(full) + "\n").encode(), _csv_line([flat[column] for column in self._columns]))
+        self.rows += 1
+
+    def _write_pictures(self, prediction: Prediction) -> tuple[str | None, str | None]:
+        """Write map and overlay where there are any; returns their paths relative to the folder."""
+        anomaly_map, image = prediction.anomaly_map, prediction.image
+        stem = self._new_stem(prediction.sample)
+        map_name = overlay_name = None
+        if self._maps and anomaly_map is not None:
+            map_name = f"maps/{stem}.npy"
+            buffer = io.BytesIO()
+            np.save(buffer, np.ascontiguousarray(anomaly_map, dtype=np.float32), allow_pickle=False)
+            self._write_file(map_name, buffer.getvalue())
+        if self._overlays and anomaly_map is not None and image is not None:
+            overlay_name = f"overlays/{stem}.png"
+            self._write_file(overlay_name, encode_picture(overlay(image, anomaly_map, self._scale), kind="PNG"))
+        return map_name, overlay_name
+
+    def _write_file(self, name: str, content: bytes) -> None:
+        write_whole(self.out / name, content, kept=self._kept())
+
+    def _new_stem(self, sample: Sample) -> str:
+        """A file name no other image of the run has, also where the file system ignores case."""
+        plain = _plain_name(re.sub(r"(\.nii\.gz|\.[A-Za-z]\w{0,4})$", "", sample.path.name))
+        plain += "" if sample.frame is None else f"_{sample.frame:04d}"
+        digest = hashlib.sha256(f"{sample.path}#{sample.frame}".encode(errors="surrogateescape")).hexdigest()[:8]
+        candidates = itertools.chain(
+            (plain, f"{_plain_name(sample.path.parent.name)}_{plain}", f"{plain}-{digest}"),
+            (f"{plain}-{digest}-{n}" for n in itertools.count(2)),
+        )
+        stem = next(each for each in candidates if each.casefold() not in self._stems)
+        self._stems.add(stem.casefold())
+        return stem
+
+    def _append(self, *lines: bytes) -> None:
+        """Append one line to each table, or to none of them."""
+        ends = [table.tell() for table in self._tables]
+        try:
+            for table, line in zip(self._tables, lines, strict=True):
+                if table.write(line) < len(line):  # a full disk takes the part of the row that still fits
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as err:
+            for each, end in zip(self._tables, ends, strict=True):
+                each.seek(end)
+                each.truncate()
+            raise output_error(self.out / "scores.csv", err, kept=self._kept()) from err
+
+    def _kept(self) -> str:
+        return f"The {self.rows} rows written so far are complete."
+
+
+def _row(prediction: Prediction) -> dict[str, Any]:
+    sample = prediction.sample
+    failed = prediction.error is not None
+    return {
+        "path": str(sample.path),
+        "frame": sample.frame,
+        "task": sample.task,
+        "label": sample.label,
+        "score": None if failed else float(prediction.score),
+        "status": "error" if failed else "ok",
+        "error": " ".join(prediction.error.split()) if prediction.error is not None else None,
+        "seconds": float(prediction.seconds),
+    }
+
+
+def _json_numbers(values: NDArray[Any]) -> list[list[float | None]]:
+    return [[value if math.isfinite(value) else None for value in row] for row in values.tolist()]
+
+
+def _csv_line(values: Iterable[Any]) -> bytes:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(["" if value is None else value for value in values])
+    return line.getvalue().encode(errors="backslashreplace")  # a file name that is not valid Unicode stays visible
+
+
+def _plain_name(name: str) -> str:
+    """`name` without characters that need quoting, at most 100 bytes, never empty or hidden."""
+    plain = re.sub(r"[^\w.-]+", "_", name).strip(".")
+    return plain.encode()[:100].decode(errors="ignore") or "image"
+
+
+def read_scores(path: Path) -> list[dict[str, str | int | float | None]]:
+    """Read `scores.csv` back.
+
+    Args:
+        path: The table a `ResultWriter` wrote.
+
+    Returns:
+        One dict per row in file order: frame and label int, score, seconds and weights float, the others str; None
+        where the table is empty.
+
+    Raises:
+        ManifestError: The table is missing, lacks a column, or a row is incomplete.
+    """
+    advice = "Give the scores.csv of a run."
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            header, *lines = [line for line in csv.reader(file) if line] or [[]]
+    except (OSError, ValueError, csv.Error) as err:
+        raise ManifestError(f"{path}: cannot be read as a table of scores ({err}). {advice}") from err
+    missing = [column for column in COLUMNS if column not in header]
+    if missing:
+        raise ManifestError(f"{path}: has no column {missing[0]!r}. {advice}")
+    rows: list[dict[str, str | int | float | None]] = []
+    try:
+        for line in lines:
+            rows.append({column: _cell(column, text) for column, text in zip(header, line, strict=True)})  # noqa: PERF401
+    except ValueError as err:
+        raise ManifestError(f"{path}: row {len(rows) + 1} is incomplete or damaged. Remove or repair it.") from err
+    return rows
+
+
+def _cell(column: str, text: str) -> str | int | float | None:
+    if text == "":
+        return None
+    if column in ("frame", "label"):
+        return int(text)
+    return float(text) if column in ("score", "seconds") or column.startswith("weight_") else text
+
+
+def encode_picture(pixels: NDArray[np.uint8], *, kind: str) -> bytes:
+    """The bytes of a picture file.
+
+    Args:
+        pixels: (H, W, 3) RGB.
+        kind: "PNG" (lossless) or "JPEG" (small, for thumbnails).
+    """
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    settings: dict[str, int] = {"quality": 88, "subsampling": 0} if kind == "JPEG" else {}
+    Image.fromarray(pixels).save(buffer, kind, **settings)
+    return buffer.getvalue()
+
+
+def write_whole(path: Path, content: bytes, *, kept: str = "") -> None:
+    """Write a file completely or leave what was there.
+
+    Args:
+        path: The file; replaced if it exists.
+        content: All of its bytes.
+        kept: A sentence on what is safe, for the message of a failure.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(content)
+        part.replace(path)
+    except OSError as err:
+        with contextlib.suppress(OSError):  # the first failure is the one to report
+            part.unlink(missing_ok=True)
+        raise output_error(path, err, kept=kept) from err
+
+
+def output_error(path: Path, err: OSError, *, kept: str = "") -> OutputError:
+    """One line for a failed write: which file, why, what to do.
+
+    Args:
+        path: The file or folder.
+        err: What the operating system said.
+        kept: A sentence on what is safe.
+    """
+    full = err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    advice = "Free some space or choose another output folder." if full else "Choose an output folder you can write to."
+    reason = (err.strerror or type(err).__name__).lower()
+    return OutputError(" ".join(part for part in (f"{path}: cannot be written: {reason}.", kept, advice) if part))

@@ -1,0 +1,360 @@
+"""fit(): train a student on normal images of several tasks and keep the checkpoint that finds pasted lesions best."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+import warnings
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import lightning
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from torch.utils.data import DataLoader
+
+from anatomaly.backbones import build_backbone
+from anatomaly.bundle import CONFIG, read_tensors, write_tensors, write_text
+from anatomaly.data.episodes import Batch, Episodes, EpisodeSampler, as_is
+from anatomaly.data.lesions import paste_lesion
+from anatomaly.data.loading import load_batches
+from anatomaly.data.readers import read_image
+from anatomaly.data.transforms import resolve_intensity
+from anatomaly.errors import ConfigError, OutputError, ReadError
+from anatomaly.feature_cache import FeatureCache, bytes_per_image
+from anatomaly.inference import Detector, choose_device, compare_tensor
+from anatomaly.methods import build_method
+from anatomaly.methods.d24fad import D24FAD
+from anatomaly.metrics import image_metrics
+from anatomaly.protocols import draw_supports, split_normals
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from torch import Tensor
+
+    from anatomaly.config import FitConfig
+    from anatomaly.data.manifest import Manifest
+    from anatomaly.methods import PatchNearestNeighbours
+    from anatomaly.types import Features, Intensity, Preprocessing, Sample
+
+logger = logging.getLogger(__name__)
+
+_READ_BATCH = 32
+_VALIDATION_IMAGES = 32  # normals per task; as many again carry a pasted lesion
+_BEST = "best.safetensors"
+
+
+def fit(manifest: Manifest, out: str | Path, config: FitConfig) -> Detector:
+    """Train on a manifest's normal training images and write a bundle.
+
+    A run that was killed goes on where it stopped when called again with the same data and settings.
+
+    Args:
+        manifest: Rows of split "train" (normal) are trained on, normal rows of split "val" choose the checkpoint; a
+            task without these gives up a share of its training rows.  Rows of split "test" are never touched.
+        out: Folder of the bundle; training state and progress go to its subfolder `training`.
+        config: All settings.
+
+    Returns:
+        The trained detector, without support.
+
+    Raises:
+        ConfigError: Too few images for the shots, or `out` holds a run with other settings or data.
+        ReadError: A training image cannot be read.
+        WeightsError: The teacher's weights cannot be had.
+        OutputError: `out` cannot be written.
+    """
+    out = Path(out)
+    device, precision = choose_device(config.training.device), config.training.precision
+    train, held_out = split_normals(manifest, validation=config.training.validation, seed=config.training.seed)
+    teacher = build_backbone(config.teacher.name, weights=config.teacher.weights, normalise=config.teacher.normalise)
+    stride = teacher.strides[-1]
+    if any(side % stride for side in config.preprocessing.size):
+        raise ConfigError(
+            f"preprocessing: size {config.preprocessing.size} does not fit teacher {teacher.name}, expected multiples "
+            f"of {stride}. Change --preprocessing.size."
+        )
+    method = build_method(teacher=teacher, seed=config.training.seed, **asdict(config.method))
+    if _finished(out, config, manifest):
+        logger.info("%s: this run is finished already, nothing to train.", out)
+        return Detector.load(out, device=device, precision=precision)
+    rules = _resolve(config, train)
+    facts = _facts(method, config, manifest, train)
+    if isinstance(method, D24FAD) and config.training.epochs > 0:
+        method.to(device)
+        teacher.to(device)
+        prepare = Preparation(config.preprocessing, rules, device)
+        facts["training"] |= _train(method, train, held_out, prepare, out / "training", config)
+    detector = Detector(
+        method,
+        preprocessing=config.preprocessing,
+        scoring=config.scoring,
+        facts=facts,
+        task_intensity=rules,
+        device=device,
+        precision=precision,
+    )
+    detector.save(out)
+    return detector
+
+
+class Preparation(NamedTuple):
+    """How rows of any task become input tensors: geometry, the tasks' own intensity rules, and the device."""
+
+    preprocessing: Preprocessing
+    rules: Mapping[str, Intensity]
+    device: str
+
+    def inputs(self, samples: Sequence[Sample]) -> Iterator[Tensor]:
+        """Batches (b, 3, H, W) of the rows in order; neighbouring rows of one task are read together.
+
+        Raises:
+            ReadError: A file cannot be read; training on fewer images than asked would go unnoticed.
+        """
+        start = 0
+        while start < len(samples):
+            task = samples[start].task
+            stop = next((i for i in range(start, len(samples)) if samples[i].task != task), len(samples))
+            rule = self.rules.get(task, self.preprocessing.intensity)
+            preprocessing = replace(self.preprocessing, intensity=rule)
+            for batch in load_batches(samples[start:stop], preprocessing, batch_size=_READ_BATCH):
+                broken = [item.error for item in batch if item.prepared is None]
+                if broken:
+                    raise ReadError(f"training: {broken[0]} Remove the file or correct it; see `anatomaly data check`.")
+                arrays = [item.prepared.input for item in batch if item.prepared is not None]
+                yield torch.from_numpy(np.stack(arrays)).to(self.device)
+            start = stop
+
+
+class StudentTraining(lightning.LightningModule):
+    """Lightning's view of a method: loss, optimiser, and the best weights so far by validation.
+
+    Args:
+        method: Its trainable part is optimised.
+        validate: Returns the validation figures of the method as it is; "val_auroc" decides.
+        folder: Where the best weights and `progress.jsonl` go.
+        config: All settings.
+    """
+
+    def __init__(
+        self, method: D24FAD, validate: Callable[[], dict[str, float]], folder: Path, config: FitConfig
+    ) -> None:
+        super().__init__()
+        self.method = method
+        self.validate = validate
+        self.folder = folder
+        self.config = config.training
+        self.best: dict[str, float] = {"val_auroc": -1.0, "best_epoch": -1.0}
+        self._started = time.perf_counter()
+        self._losses: list[dict[str, Tensor]] = []
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam with the release's betas."""
+        return torch.optim.Adam(self.method.parameters(), lr=self.config.learning_rate, betas=(0.5, 0.999))
+
+    def training_step(self, batch: Batch) -> Tensor:
+        """Loss of B episodes; teacher features come with the batch or are computed here."""
+        losses = self.method.training_loss(self._features(batch.query), self._features(batch.support))
+        self.log_dict(losses, prog_bar=True, batch_size=self.config.batch_size)
+        self._losses.append({name: loss.detach() for name, loss in losses.items()})
+        return losses["total"]
+
+    def _features(self, tensors: Features) -> Features:
+        if "images" not in tensors:
+            return tensors
+        images = tensors["images"][0]  # (B, 3, H, W) or (B, K, 3, H, W)
+        features = self.method.extract(images.flatten(0, -4))
+        return {
+            name: [level.unflatten(0, images.shape[:-3]) for level in levels] for name, levels in features.items()
+        }
+
+    def on_train_epoch_end(self) -> None:
+        """Append the epoch's figures to `progress.jsonl`; every few epochs validate and keep the best weights."""
+        epoch = self.current_epoch
+        mean = {name: float(torch.stack([step[name] for step in self._losses]).mean()) for name in self._losses[0]}
+        figures: dict[str, float] = {"epoch": epoch, **mean}
+        self._losses.clear()
+        if (epoch + 1) % self.config.validate_every == 0 or epoch + 1 == self.config.epochs:
+            self.method.eval()
+            figures |= self.validate()
+            self.method.train()
+            if figures["val_auroc"] > self.best["val_auroc"]:
+                self.best = {"val_auroc": figures["val_auroc"], "best_epoch": epoch}
+                write_tensors(self.folder / _BEST, self.method.state_dict())
+            logger.info("epoch %d: loss %.4f, validation AUROC %.4f", epoch, mean["total"], figures["val_auroc"])
+        figures["seconds"] = time.perf_counter() - self._started
+        self._started = time.perf_counter()
+        try:
+            with (self.folder / "progress.jsonl").open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(figures) + "\n")
+        except OSError as err:
+            raise OutputError(f"{self.folder}: cannot be written ({err.strerror}). Free some space.") from err
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store which epoch was best so far."""
+        checkpoint["best"] = self.best
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore which epoch was best so far."""
+        self.best = checkpoint["best"]
+
+
+class Validation:
+    """Held-out normals with and without pasted lesions, per training task; no image of another task is ever read.
+
+    Args:
+        method: Its teacher's features are computed once, here.
+        train: Where the supports come from.
+        held_out: Normals that are not trained on.
+        prepare: From rows to tensors.
+        config: All settings.
+    """
+
+    def __init__(
+        self, method: D24FAD, train: Manifest, held_out: Manifest, prepare: Preparation, config: FitConfig
+    ) -> None:
+        self.method = method
+        self.config = config
+        self.queries: dict[str, Features] = {}
+        self.supports: dict[str, Features] = {}
+        shots, seed = config.training.shots, config.training.seed
+        for task in held_out.tasks:
+            rows = held_out.select(task=task).samples[:_VALIDATION_IMAGES]
+            normal = torch.cat(list(prepare.inputs(rows)))
+            rng = np.random.default_rng(seed)
+            pasted = [torch.from_numpy(paste_lesion(image.cpu().numpy(), rng=rng)[0]) for image in normal]
+            support = draw_supports(train, task=task, shots=shots, draws=1, seed=seed)[0]
+            self.queries[task] = method.extract(torch.cat([normal, torch.stack(pasted).to(normal.device)]))
+            self.supports[task] = method.extract(torch.cat(list(prepare.inputs(support))))
+
+    def __call__(self) -> dict[str, float]:
+        """Image AUROC of pasted lesions per task and their mean, "val_auroc", for the method as it is (in eval mode)."""
+        figures = {}
+        for task, query in self.queries.items():
+            with torch.inference_mode():
+                scores = compare_tensor(
+                    self.method,
+                    self.method.encode(query),
+                    self.method.embed_support(self.supports[task]),
+                    size=self.config.preprocessing.size,
+                    scoring=self.config.scoring,
+                ).scores
+            labels = np.arange(len(scores)) >= len(scores) // 2
+            figures[f"val_auroc/{task}"] = image_metrics(scores.cpu().double().numpy(), labels)["auroc"]
+        return {"val_auroc": float(np.mean(list(figures.values()))), **figures}
+
+
+def _train(
+    method: D24FAD, train: Manifest, held_out: Manifest, prepare: Preparation, folder: Path, config: FitConfig
+) -> dict[str, Any]:
+    """Run Lightning's loop, load the best weights into the method and return the best epoch and its figure."""
+    settings = config.training
+    rows = sorted(train.samples, key=lambda sample: sample.task)  # read task by task; sorting is stable
+    tasks = [sample.task for sample in rows]
+    sampler = EpisodeSampler(tasks, shots=settings.shots, resample=settings.resample, seed=settings.seed)
+    fetch = _source(method, rows, prepare, settings.cache_gib * 2**30)
+    loader = DataLoader(Episodes(fetch), batch_size=settings.batch_size, sampler=sampler, collate_fn=as_is)
+    validate = Validation(method, train, held_out, prepare, config)
+    module = StudentTraining(method, validate, folder, config)
+    callbacks: list[Callback] = [ModelCheckpoint(folder, filename="last", enable_version_counter=False)]
+    if sys.stderr.isatty():
+        callbacks.append(RichProgressBar())
+    last = folder / "last.ckpt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's advice on loaders and loggers
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+        trainer = lightning.Trainer(
+            max_epochs=settings.epochs,
+            accelerator="gpu" if prepare.device == "cuda" else "cpu",
+            devices=1,
+            precision="bf16-mixed" if settings.precision == "bf16" else "32-true",
+            gradient_clip_val=settings.gradient_clip or None,
+            callbacks=callbacks,
+            logger=False,
+            use_distributed_sampler=False,
+            enable_progress_bar=sys.stderr.isatty(),
+            enable_model_summary=False,
+        )
+        trainer.fit(module, loader, ckpt_path=last if last.is_file() else None, weights_only=True)
+    method.load_state_dict(read_tensors(folder / _BEST))
+    return {**module.best, "best_epoch": int(module.best["best_epoch"])}
+
+
+def _source(
+    method: D24FAD, rows: Sequence[Sample], prepare: Preparation, cache_bytes: float
+) -> Callable[[Tensor], Features]:
+    """Teacher features from memory where they fit, else images read anew for every batch."""
+    probe = method.extract(next(prepare.inputs(rows[:1])))
+    if bytes_per_image(probe) * len(rows) <= cache_bytes:
+        return FeatureCache(method, prepare.inputs(rows))
+
+    def read(index: Tensor) -> Features:
+        unique, inverse = torch.unique(index, return_inverse=True)  # sorted, so rows of one task stand together
+        images = torch.cat(list(prepare.inputs([rows[i] for i in unique.tolist()])))
+        return {"images": [images[inverse]]}
+
+    return read
+
+
+def _facts(
+    method: D24FAD | PatchNearestNeighbours, config: FitConfig, manifest: Manifest, train: Manifest
+) -> dict[str, Any]:
+    """What a bundle says about where it comes from; a user's file name stays out of it."""
+    weights = config.teacher.weights
+    return {
+        "method": asdict(config.method),
+        "teacher": {
+            "name": config.teacher.name,
+            "weights": weights if weights in ("auto", "random") else "file",
+            "normalise": config.teacher.normalise,
+            "hash": method.teacher.weights_hash,
+        },
+        "training": {
+            **asdict(config.training),
+            "tasks": list(train.tasks),
+            "images": len(train),
+            "manifest": manifest.fingerprint(),
+        },
+    }
+
+
+def _resolve(config: FitConfig, train: Manifest) -> dict[str, Intensity]:
+    """Fix every training task's intensity rule: percentiles become a range on that task's training images."""
+    rules = {}
+    for task in train.tasks:
+        rule = config.task_intensity.get(task, config.preprocessing.intensity)
+        rows = train.select(task=task)
+        rules[task] = resolve_intensity(rule, (read_image(s.path, frame=s.frame) for s in rows))
+    return {task: rule for task, rule in rules.items() if rule != config.preprocessing.intensity}
+
+
+def _finished(out: Path, config: FitConfig, manifest: Manifest) -> bool:
+    """Say whether `out` holds this run complete; refuse to mix it with another one."""
+    wanted = json.loads(json.dumps({"data": manifest.fingerprint(), **asdict(config)}))
+    record = out / "training" / "run.json"
+    try:
+        found = json.loads(record.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        write_text(record, json.dumps(wanted, indent=2) + "\n")
+        return False
+    if found != wanted:
+        differ = ", ".join(_differences(found, wanted)[:3])
+        raise ConfigError(f"{out}: holds a run with other settings ({differ}). Choose another --out or delete it.")
+    return (out / CONFIG).is_file()
+
+
+def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The settings that differ, as `training.epochs 70, now 5`."""
+    lines: list[str] = []
+    for key in wanted:
+        old, new = found.get(key), wanted[key]
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            lines.append("other images" if key == "data" else f"{prefix}{key} {old}, now {new}")
+    return lines
