@@ -1,5 +1,6 @@
 import math
 
+import metrics_reference as reference
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -15,7 +16,6 @@ from anatomaly.metrics import (
     pool_by_patient,
     summarise_draws,
 )
-import metrics_reference as reference
 
 finite = st.floats(-1e6, 1e6, allow_nan=False)
 tied = st.integers(-2, 2).map(float)

@@ -192,11 +192,11 @@ def test_splitting_a_data_set_without_normals_is_refused():
 
 def test_the_test_set_is_the_tasks_test_split_in_order():
     backwards = _manifest(reversed(list(BRAIN)))
-    assert protocols.test_samples(backwards, "brain") == tuple(reversed(_rows("brain", 6, split="test")))
+    assert protocols.samples_to_test(backwards, "brain") == tuple(reversed(_rows("brain", 6, split="test")))
     with pytest.raises(ConfigError, match="'liver' has no rows of split 'test'"):
-        protocols.test_samples(BRAIN, "liver")
+        protocols.samples_to_test(BRAIN, "liver")
     with pytest.raises(ManifestError, match="no task 'lung'"):
-        protocols.test_samples(BRAIN, "lung")
+        protocols.samples_to_test(BRAIN, "lung")
 
 
 IMAGE = Sample(Path("a/scan.png"), "x", "train", 0, sha256="a" * 64)
@@ -240,4 +240,4 @@ def test_unrelated_supports_pass(support, tested):
 
 def test_draws_from_a_clean_manifest_pass_the_guard():
     draws = draw_supports(BRAIN, task="brain", shots=30, draws=1)
-    forbid_leak(draws[0], protocols.test_samples(BRAIN, "brain"))
+    forbid_leak(draws[0], protocols.samples_to_test(BRAIN, "brain"))

@@ -8,16 +8,15 @@ versions), ``weights.safetensors`` (the trainable part) and, when the teacher ca
 from __future__ import annotations
 
 import json
-import os
 import platform
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anatomaly import __version__
 from anatomaly.backbones.weights import load_strict, state_digest
-from anatomaly.errors import NotReadyError, OutputError, WeightsError
+from anatomaly.errors import NotReadyError, WeightsError
+from anatomaly.results import write_whole
 from anatomaly.types import Intensity, Preprocessing, Scoring, SupportBank
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ def save_bundle(
     write_tensors(folder / WEIGHTS, state)
     if with_teacher:
         write_tensors(folder / TEACHER, method.teacher.body.state_dict())
-    write_text(folder / CONFIG, json.dumps(facts, indent=2) + "\n")
+    write_whole(folder / CONFIG, (json.dumps(facts, indent=2) + "\n").encode())
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -136,7 +135,7 @@ def load_bank(file: Path) -> SupportBank:
             map_range=(facts["map_range"][0], facts["map_range"][1]),
         )
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as err:
-        raise NotReadyError(f"{file}: not a support bank. Make one with `anatomaly predict --bank_out FILE`.") from err
+        raise NotReadyError(f"{file}: not a support bank. Make one with `anatomaly predict --save_bank FILE`.") from err
 
 
 def preprocessing_from(facts: Mapping[str, Any]) -> Preprocessing:
@@ -178,33 +177,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     """
     from safetensors.torch import save
 
-    _write(file, save({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, metadata))
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a UTF-8 text file whole or not at all.
-
-    Raises:
-        OutputError: The file cannot be written.
-    """
-    _write(file, text.encode())
-
-
-def _write(file: Path, content: bytes) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=file.name, delete=False) as stream:
-            try:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            except OSError:
-                Path(stream.name).unlink(missing_ok=True)
-                raise
-        Path(stream.name).chmod(0o644)
-        Path(stream.name).replace(file)
-    except OSError as err:
-        raise OutputError(f"{file}: cannot be written ({err.strerror}). Free some space or choose another folder.") from err
+    write_whole(file, save({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, metadata))
 
 
 def _version(package: str) -> str:

@@ -86,9 +86,9 @@ class FitConfig:
         training: How the student is trained.
     """
 
-    teacher: TeacherConfig = TeacherConfig()
-    method: MethodConfig = MethodConfig()
-    preprocessing: Preprocessing = Preprocessing()
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
     task_intensity: dict[str, Intensity] = field(default_factory=dict)
-    scoring: Scoring = Scoring()
-    training: TrainingConfig = TrainingConfig()
+    scoring: Scoring = field(default_factory=Scoring)
+    training: TrainingConfig = field(default_factory=TrainingConfig)

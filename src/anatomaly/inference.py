@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from anatomaly.backbones import build_backbone
-from anatomaly.backbones.weights import state_digest
+from anatomaly.backbones.weights import read_state, state_digest
 from anatomaly.bundle import (
     TEACHER,
     load_bank,
@@ -27,15 +27,17 @@ from anatomaly.bundle import (
     save_bundle,
     scoring_from,
 )
+from anatomaly.config import MethodConfig
 from anatomaly.data.layouts import samples_of
 from anatomaly.data.loading import load_batches
 from anatomaly.data.readers import read_image
 from anatomaly.data.transforms import load, resolve_intensity, restore_map
-from anatomaly.errors import AnatomalyError, ConfigError, NotReadyError, WeightsError
-from anatomaly.methods import build_method
+from anatomaly.errors import ConfigError, NotReadyError, WeightsError
+from anatomaly.methods import D24FAD, build_method
+from anatomaly.methods.d24fad import import_d24fad
 from anatomaly.results import scale_from_normals
 from anatomaly.scoring import anomaly_map, blur, image_score
-from anatomaly.types import Intensity, Prediction, Preprocessing, SupportBank
+from anatomaly.types import Intensity, Prediction, Preprocessing, Scoring, SupportBank
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -44,8 +46,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from anatomaly.data.transforms import Prepared
-    from anatomaly.methods import D24FAD, PatchNearestNeighbours
-    from anatomaly.types import Comparison, Method, Sample, Scoring
+    from anatomaly.methods import PatchNearestNeighbours
+    from anatomaly.types import Comparison, Method, Sample
 
 Precision = Literal["fp32", "bf16"]
 
@@ -188,13 +190,11 @@ class Detector:
         config = read_config(folder)
         teacher = config["teacher"]
         stored = str(folder / TEACHER) if (folder / TEACHER).is_file() else teacher["weights"]
-        backbone = build_backbone(
-            teacher["name"], weights=teacher_weights or stored, normalise=teacher["normalise"]
-        )
+        backbone = build_backbone(teacher["name"], weights=teacher_weights or stored, normalise=teacher["normalise"])
         if backbone.weights_hash != teacher["hash"]:
             raise WeightsError(
                 f"{folder}: trained with {teacher['name']} weights {teacher['hash'][:12]}..., found "
-                f"{backbone.weights_hash[:12]}... Pass the same weights with --teacher_weights FILE."
+                f"{backbone.weights_hash[:12]}... Pass the same weights with --teacher.weights FILE."
             )
         method = build_method(teacher=backbone, **config["method"])
         load_weights(folder, method, expected=config["weights_hash"])
@@ -263,9 +263,7 @@ class Detector:
             twice = next(s.name for s, d in zip(samples, digests, strict=True) if digests.count(d) > 1)
             raise ConfigError(f"support: {twice} is given twice, expected K different images. Remove the copies.")
         stack = torch.stack(inputs).to(self.device)
-        with torch.inference_mode(), torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.precision == "bf16"
-        ):
+        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             features = self.method.extract(stack)
             tensors = self.method.embed_support(features)
             encoded = self.method.encode(features)
@@ -291,7 +289,7 @@ class Detector:
             NotReadyError: There is no support yet.
             OutputError: The file cannot be written.
         """
-        save_bank(self._ready(), Path(file))
+        save_bank(self.ready(), Path(file))
 
     def load_support(self, file: str | Path) -> Detector:
         """Use a saved bank.
@@ -336,7 +334,7 @@ class Detector:
         Raises:
             NotReadyError: There is no support yet.
         """
-        bank = self._ready()
+        bank = self.ready()
         samples = (sample for item in items for sample in samples_of(item, task=task))
         started = time.perf_counter()
         for batch in load_batches(samples, bank.preprocessing, batch_size=batch_size):
@@ -376,10 +374,35 @@ class Detector:
             for i, (sample, prepared) in enumerate(items)
         ]
 
-    def _ready(self) -> SupportBank:
+    def ready(self) -> SupportBank:
+        """The current bank.
+
+        Raises:
+            NotReadyError: There is none yet.
+        """
         if self.bank is None:
             raise NotReadyError("Detector: no support yet. Call set_support(images) or load_support(file) first.")
         return self.bank
+
+
+def import_checkpoint(file: Path, *, teacher_weights: str = "auto", device: str = "auto") -> Detector:
+    """Turn an official D24FAD checkpoint into a detector with the release's settings.
+
+    Args:
+        file: ``{"decoder": state dict, "weight": state dict}`` as the release saves it.
+        teacher_weights: Of WideResNet-50-2: "auto", "random" or a file.
+        device: Where to compute.
+
+    Raises:
+        WeightsError: The file or the teacher's weights cannot be used.
+    """
+    if not file.is_file():
+        raise WeightsError(f"{file}: no such file. Pass a checkpoint of the D24FAD release.")
+    teacher = build_backbone("wide_resnet50_2", weights=teacher_weights, normalise=False)
+    method = D24FAD(teacher)
+    import_d24fad(read_state(file), method, where=str(file))
+    facts = {"method": asdict(MethodConfig()), "teacher": teacher.facts()}
+    return Detector(method, preprocessing=Preprocessing(), scoring=Scoring(), facts=facts, device=device)
 
 
 def choose_device(device: str) -> str:

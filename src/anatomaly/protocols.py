@@ -122,7 +122,7 @@ def split_normals(manifest: Manifest, *, validation: float = 0.1, seed: int = 0)
     )
 
 
-def test_samples(manifest: Manifest, task: str) -> tuple[Sample, ...]:
+def samples_to_test(manifest: Manifest, task: str) -> tuple[Sample, ...]:
     """The rows of a task's split "test", in manifest order.
 
     Raises:
@@ -131,7 +131,7 @@ def test_samples(manifest: Manifest, task: str) -> tuple[Sample, ...]:
     """
     tests = manifest.select(task=task, split="test").samples
     if not tests:
-        raise ConfigError(f"test_samples: task {task!r} has no rows of split 'test'. Add some or choose another task.")
+        raise ConfigError(f"evaluate: task {task!r} has no rows of split 'test'. Add some or choose another task.")
     return tests
 
 

@@ -10,6 +10,7 @@ import base64
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -99,6 +100,18 @@ def write_report(
     page = _PAGE.format(title=_text(title), style=style, script=_SCRIPT, hash=_SCRIPT_HASH, body=body)
     write_whole(path, page.encode())
     return path
+
+
+def shrink(prediction: Prediction) -> Prediction:
+    """The same prediction with picture and map at the page's size, for callers that collect many."""
+    if prediction.image is None or prediction.anomaly_map is None:
+        return prediction
+    return replace(
+        prediction,
+        image=_resized(prediction.image, prediction.spacing),
+        anomaly_map=_resized(prediction.anomaly_map[None], prediction.spacing)[0],
+        spacing=None,
+    )
 
 
 def _is_scored(prediction: Prediction) -> bool:

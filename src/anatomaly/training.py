@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressB
 from torch.utils.data import DataLoader
 
 from anatomaly.backbones import build_backbone
-from anatomaly.bundle import CONFIG, read_tensors, write_tensors, write_text
+from anatomaly.bundle import CONFIG, read_tensors, write_tensors
 from anatomaly.data.episodes import Batch, Episodes, EpisodeSampler, as_is
 from anatomaly.data.lesions import paste_lesion
 from anatomaly.data.loading import load_batches
@@ -31,6 +31,7 @@ from anatomaly.methods import build_method
 from anatomaly.methods.d24fad import D24FAD
 from anatomaly.metrics import image_metrics
 from anatomaly.protocols import draw_supports, split_normals
+from anatomaly.results import output_error, write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -170,7 +171,8 @@ class StudentTraining(lightning.LightningModule):
         images = tensors["images"][0]  # (B, 3, H, W) or (B, K, 3, H, W)
         features = self.method.extract(images.flatten(0, -4))
         return {
-            name: [level.unflatten(0, images.shape[:-3]) for level in levels] for name, levels in features.items()
+            name: [level.reshape(*images.shape[:-3], *level.shape[1:]) for level in levels]
+            for name, levels in features.items()
         }
 
     def on_train_epoch_end(self) -> None:
@@ -193,7 +195,7 @@ class StudentTraining(lightning.LightningModule):
             with (self.folder / "progress.jsonl").open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(figures) + "\n")
         except OSError as err:
-            raise OutputError(f"{self.folder}: cannot be written ({err.strerror}). Free some space.") from err
+            raise output_error(self.folder / "progress.jsonl", err) from err
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store which epoch was best so far."""
@@ -233,7 +235,7 @@ class Validation:
             self.supports[task] = method.extract(torch.cat(list(prepare.inputs(support))))
 
     def __call__(self) -> dict[str, float]:
-        """Image AUROC of pasted lesions per task and their mean, "val_auroc", for the method as it is (in eval mode)."""
+        """Image AUROC of pasted lesions per task, and their mean "val_auroc", for the method as it is, in eval mode."""
         figures = {}
         for task, query in self.queries.items():
             with torch.inference_mode():
@@ -280,7 +282,12 @@ def _train(
             enable_progress_bar=sys.stderr.isatty(),
             enable_model_summary=False,
         )
-        trainer.fit(module, loader, ckpt_path=last if last.is_file() else None, weights_only=True)
+        try:
+            trainer.fit(module, loader, ckpt_path=last if last.is_file() else None, weights_only=True)
+        except RuntimeError as err:
+            if "PytorchStreamWriter" not in str(err) and "inline_container" not in str(err):
+                raise
+            raise OutputError(f"{last}: cannot be written. Free some space and run the same command again.") from err
     method.load_state_dict(read_tensors(folder / _BEST))
     return {**module.best, "best_epoch": int(module.best["best_epoch"])}
 
@@ -304,16 +311,10 @@ def _source(
 def _facts(
     method: D24FAD | PatchNearestNeighbours, config: FitConfig, manifest: Manifest, train: Manifest
 ) -> dict[str, Any]:
-    """What a bundle says about where it comes from; a user's file name stays out of it."""
-    weights = config.teacher.weights
+    """What a bundle says about where it comes from."""
     return {
         "method": asdict(config.method),
-        "teacher": {
-            "name": config.teacher.name,
-            "weights": weights if weights in ("auto", "random") else "file",
-            "normalise": config.teacher.normalise,
-            "hash": method.teacher.weights_hash,
-        },
+        "teacher": method.teacher.facts(),
         "training": {
             **asdict(config.training),
             "tasks": list(train.tasks),
@@ -340,7 +341,7 @@ def _finished(out: Path, config: FitConfig, manifest: Manifest) -> bool:
     try:
         found = json.loads(record.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        write_text(record, json.dumps(wanted, indent=2) + "\n")
+        write_whole(record, (json.dumps(wanted, indent=2) + "\n").encode())
         return False
     if found != wanted:
         differ = ", ".join(_differences(found, wanted)[:3])

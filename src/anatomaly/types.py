@@ -79,7 +79,7 @@ class Sample:
         return self.path.name if self.frame is None else f"{self.path.name}#{self.frame}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Intensity:
     """How stored pixel values become [0, 1]; one fixed rule per data set, stored with the model and the bank.
 
@@ -97,7 +97,7 @@ class Intensity:
     high: float = 1.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Preprocessing:
     """Everything between a read image and the tensor a teacher sees, except the teacher's own normalisation.
 
@@ -114,7 +114,7 @@ class Preprocessing:
     intensity: Intensity = field(default_factory=Intensity)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Scoring:
     """How a map becomes a score.
 
@@ -222,4 +222,3 @@ class Method(Protocol):
     def training_loss(self, query: Features, support: Features) -> dict[str, Tensor]:
         """{"total": scalar, ...named parts} of B episodes; support tensors are (B, K, C, h, w)."""
         ...
-

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -62,6 +62,7 @@ class TimmTeacher(nn.Module):
 
     mean: Tensor
     std: Tensor
+    body: Any  # a timm model, which adds feature_info and pretrained_cfg to nn.Module
 
     def __init__(self, name: str, spec: TimmSpec, *, weights: str = "auto", normalise: bool = True) -> None:
         super().__init__()
@@ -80,6 +81,11 @@ class TimmTeacher(nn.Module):
         super().train(False)
         probe = self(torch.linspace(0, 1, 3 * (4 * self.strides[-1]) ** 2).view(1, 3, 4 * self.strides[-1], -1))
         self.signed = any(bool((level < 0).any()) for level in probe)
+
+    def facts(self) -> dict[str, object]:
+        """What a bundle stores to build the same teacher again; a user's file name stays out of it."""
+        weights = self.weights if self.weights in ("auto", "random") else "file"
+        return {"name": self.name, "weights": weights, "normalise": self.normalise, "hash": self.weights_hash}
 
     def train(self, mode: bool = True) -> TimmTeacher:
         """Stay in eval mode: a teacher's BatchNorm statistics must never move."""

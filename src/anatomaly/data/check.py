@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anatomaly.data.manifest import Manifest
-from anatomaly.data.readers import count_frames, read_image, read_mask
+from anatomaly.data.readers import read_image, read_mask_of
 from anatomaly.errors import ReadError
 from anatomaly.types import Image, Sample, Split
 
@@ -256,11 +256,11 @@ def _mask_faults(sample: Sample, image: Image) -> Iterator[tuple[str, str]]:
     if sample.mask is None:
         return
     try:
-        mask = read_mask(sample.mask, frame=sample.frame if count_frames(sample.mask) > 1 else None)
+        mask = read_mask_of(sample)
     except ReadError as err:
         yield _row(sample), f"{sample.mask.name} {_reason(err, sample.mask)}"
         return
-    if mask.shape != image.size:
+    if mask is not None and mask.shape != image.size:
         yield _row(sample), f"{sample.mask.name} has {_pixels(mask.shape)} pixels, the image {_pixels(image.size)}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -94,6 +94,7 @@ class Episodes(Dataset[Batch]):
         return Batch(self.fetch(index[:, 0]), self.fetch(index[:, 1:]))
 
 
-def as_is(batch: Batch) -> Batch:
+def as_is(batch: Any) -> Batch:
     """Collate function of `Episodes`, whose items are batches already."""
-    return batch
+    collated: Batch = batch
+    return collated

@@ -20,9 +20,7 @@ class Loaded(NamedTuple):
     error: str | None = None
 
 
-def load_batches(
-    samples: Iterable[Sample], preprocessing: Preprocessing, *, batch_size: int
-) -> Iterator[list[Loaded]]:
+def load_batches(samples: Iterable[Sample], preprocessing: Preprocessing, *, batch_size: int) -> Iterator[list[Loaded]]:
     """Prepare rows in order, one batch ahead of the consumer.
 
     Args:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from anatomaly.data import dicom, volumes
 from anatomaly.data.decoding import Decoded, check_size, pick_frame, reading
 from anatomaly.errors import ReadError
-from anatomaly.types import Image
+from anatomaly.types import Image, Sample
 
 if TYPE_CHECKING:
     from PIL.ImageFile import ImageFile
@@ -120,6 +120,17 @@ def read_mask(path: Path, *, frame: int | None = None) -> NDArray[np.bool_]:
     else:
         lesion = image.pixels != (image.value_range[1] if image.invert and image.value_range else 0)
     return np.asarray(lesion.any(axis=0), np.bool_)
+
+
+def read_mask_of(sample: Sample) -> NDArray[np.bool_] | None:
+    """Read a row's lesion mask, or None where the row names none; a mask volume is read at the row's frame.
+
+    Raises:
+        ReadError: As `read_image`.
+    """
+    if sample.mask is None:
+        return None
+    return read_mask(sample.mask, frame=sample.frame if count_frames(sample.mask) > 1 else None)
 
 
 def _sniff(path: Path) -> str | None:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from anatomaly.backbones.timm_features import TimmTeacher
 
+__all__ = ["D24FAD", "METHODS", "PatchNearestNeighbours", "build_method"]
+
 METHODS: Mapping[str, type[D24FAD] | type[PatchNearestNeighbours]] = {
     "d24fad": D24FAD,
     "nearest": PatchNearestNeighbours,

@@ -8,6 +8,7 @@ the query differ from the weighted support, the query is not normal.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -48,8 +49,9 @@ class LearnToWeight(nn.Module):
         self.projections = nn.ModuleList(nn.Conv2d(c, c, 1) for c in channels)
 
     def project(self, level: int, support: Tensor) -> Tensor:
-        """phi of one level: (N, C, h, w) -> (N, C, h, w)."""
-        return self.projections[level](support)
+        """Phi of one level: (N, C, h, w) -> (N, C, h, w)."""
+        projected: Tensor = self.projections[level](support)
+        return projected
 
     def logits(self, query: Tensor, projected: Tensor) -> Tensor:
         """Similarity of each query to each support; softmax over K gives the weights.
@@ -65,7 +67,8 @@ class LearnToWeight(nn.Module):
         keys = projected.flatten(-3).float()  # (K, C*h*w) or (B, K, C*h*w)
         logits = flat @ keys.T if keys.ndim == 2 else torch.einsum("bm,bkm->bk", flat, keys)
         size = query.shape[1] if self.scale == "channels" else flat.shape[1]
-        return logits / size**0.5
+        scaled: Tensor = logits / size**0.5
+        return scaled
 
 
 class D24FAD(nn.Module):
@@ -107,7 +110,8 @@ class D24FAD(nn.Module):
 
     def encode(self, features: Features) -> list[Tensor]:
         """Student features, three levels shallow to deep, from the teacher's deepest level."""
-        return self.student(features["teacher"][-1])
+        encoded: list[Tensor] = self.student(features["teacher"][-1])
+        return encoded
 
     def embed_support(self, features: Features) -> dict[str, Tensor]:
         """Student features of K supports and their projections: "value_l" and "key_l", each (K, C, h, w)."""
@@ -162,7 +166,7 @@ class D24FAD(nn.Module):
         tsd = torch.zeros_like(ssd)
         for level, student in enumerate(encoded):
             values = torch.stack([shot[level] for shot in shots], dim=1)  # (B, K, C, h, w)
-            keys = self.l2w.project(level, values.flatten(0, 1)).unflatten(0, values.shape[:2])
+            keys = self.l2w.project(level, values.flatten(0, 1)).reshape(values.shape)
             weights = torch.softmax(self.l2w.logits(student, keys), dim=1)
             reference = torch.einsum("bk,bkchw->bchw", weights.to(values.dtype), values)
             ssd = ssd + distance(student, reference, self.distance)
@@ -202,8 +206,9 @@ def import_d24fad(content: Mapping[str, object], method: D24FAD, *, where: str) 
     from anatomaly.backbones.weights import load_strict, tensors_of
 
     load_strict(method.student, tensors_of(content, where=where, key="decoder"), where=f"{where} (decoder)")
+    projections = tensors_of(content, where=where, key="weight")
     renamed = {
-        f"projections.{int(key[len('proj_in')]) - 1}.{key.rsplit('.', 1)[1]}" if key.startswith("proj_in") else key: value
-        for key, value in tensors_of(content, where=where, key="weight").items()
+        re.sub(r"^proj_in([123])", lambda found: f"projections.{int(found[1]) - 1}", key): tensor
+        for key, tensor in projections.items()
     }
     load_strict(method.l2w, renamed, where=f"{where} (weight)")

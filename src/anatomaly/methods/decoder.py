@@ -112,6 +112,9 @@ class Decoder(nn.Module):
 
 
 def _stage(in_channels: int, out_channels: int, factor: int, blocks: int, signed: bool) -> nn.Sequential:
-    stage = [UpBlock(in_channels, out_channels, factor), *(UpBlock(out_channels, out_channels) for _ in range(blocks - 1))]
+    stage = [
+        UpBlock(in_channels, out_channels, factor),
+        *(UpBlock(out_channels, out_channels) for _ in range(blocks - 1)),
+    ]
     stage[-1].signed = signed
     return nn.Sequential(*stage)

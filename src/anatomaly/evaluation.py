@@ -1,0 +1,269 @@
+"""Judge a detector on a task: several support draws, every test image, intervals."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from anatomaly.data.loading import load_batches
+from anatomaly.data.readers import read_mask_of
+from anatomaly.data.transforms import mask_to_input
+from anatomaly.errors import ManifestError
+from anatomaly.metrics import (
+    Interval,
+    auroc,
+    bootstrap,
+    image_metrics,
+    pixel_metrics,
+    pool_by_patient,
+    summarise_draws,
+)
+from anatomaly.protocols import draw_supports, forbid_leak, samples_to_test
+from anatomaly.results import write_whole
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from anatomaly.data.manifest import Manifest
+    from anatomaly.inference import Detector
+    from anatomaly.types import Preprocessing, Sample, SupportBank
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One task judged with K supports, drawn several times.
+
+    Attributes:
+        task: The task.
+        shots: K.
+        samples: The N scored rows.
+        unreadable: Rows that could not be scored, and why.
+        supports: Per draw, the K support rows.
+        scores: (draws, N) image scores.
+        metrics: Per draw, the figures of `metrics.image_metrics`, those of `metrics.pixel_metrics` where masks exist,
+            and "patient_auroc" where every scored row has a patient and patients have several rows.
+        interval: 95 % bootstrap interval of the mean AUROC over the draws, resampling patients (else images).
+    """
+
+    task: str
+    shots: int
+    samples: tuple[Sample, ...]
+    unreadable: tuple[tuple[Sample, str], ...]
+    supports: tuple[tuple[Sample, ...], ...]
+    scores: NDArray[np.float64]
+    metrics: tuple[dict[str, float], ...]
+    interval: Interval
+
+    def summary(self) -> dict[str, tuple[float, float]]:
+        """Mean and standard deviation over the draws, by metric."""
+        return {name: summarise_draws([draw[name] for draw in self.metrics]) for name in self.metrics[0]}
+
+
+@dataclass
+class _Scores:
+    """What one pass over the test rows collects for every bank."""
+
+    samples: list[Sample] = field(default_factory=list)
+    unreadable: list[tuple[Sample, str]] = field(default_factory=list)
+    scores: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
+    maps: dict[int, list[NDArray[np.float32]]] = field(default_factory=lambda: defaultdict(list))
+    masks: list[NDArray[np.bool_] | None] = field(default_factory=list)
+
+
+def evaluate(
+    detector: Detector,
+    manifest: Manifest,
+    *,
+    task: str,
+    shots: Sequence[int] = (2, 4, 8),
+    draws: int = 5,
+    seed: int = 0,
+    batch_size: int = 16,
+) -> list[Evaluation]:
+    """Score a task's whole test split against several draws of its normal training images.
+
+    Each test image is encoded once and compared with all banks.  Pixel metrics are taken at the network's input size.
+
+    Args:
+        detector: The trained model; it must not have seen the task if the result is to be called few-shot.
+        manifest: Rows of the task: split "train" (normal) to draw supports from, split "test" with both labels.
+        task: The task.
+        shots: Values of K; a draw with fewer shots is the beginning of the draw with more.
+        draws: Support draws per K.
+        seed: Of the draws.
+        batch_size: Images per forward pass; changes no score.
+
+    Returns:
+        One evaluation per K.
+
+    Raises:
+        ConfigError: Too few normal training images, no test rows, or supports that leak into the test split.
+        ManifestError: The test rows lack a label or a class.
+    """
+    tests = samples_to_test(manifest, task)
+    _require_labels(tests, task)
+    banks: list[SupportBank] = []
+    supports: list[tuple[Sample, ...]] = []
+    for k in shots:
+        for drawn in draw_supports(manifest, task=task, shots=k, draws=draws, seed=seed):
+            forbid_leak(drawn, tests)
+            supports.append(drawn)
+            banks.append(detector.make_bank(drawn, task=task))
+    collected = _score(detector, tests, banks, batch_size)
+    return [_evaluation(task, k, collected, supports, range(i * draws, (i + 1) * draws)) for i, k in enumerate(shots)]
+
+
+def _require_labels(tests: Sequence[Sample], task: str) -> None:
+    normal, anomalous = (sum(row.label == label for row in tests) for label in (0, 1))
+    if not normal or not anomalous or normal + anomalous < len(tests):
+        raise ManifestError(
+            f"evaluate: task {task!r} has {normal} normal, {anomalous} anomalous and {len(tests) - normal - anomalous} "
+            "unlabelled test images, expected both classes and no unlabelled ones. Complete the labels."
+        )
+
+
+def _score(detector: Detector, tests: Sequence[Sample], banks: Sequence[SupportBank], batch_size: int) -> _Scores:
+    """One pass per distinct preprocessing (one, unless a percentile rule depends on the supports)."""
+    groups: dict[Preprocessing, list[int]] = defaultdict(list)
+    for index, bank in enumerate(banks):
+        groups[bank.preprocessing].append(index)
+    collected = _Scores()
+    for number, (preprocessing, members) in enumerate(groups.items()):
+        for batch in load_batches(tests, preprocessing, batch_size=batch_size):
+            readable = [item for item in batch if item.prepared is not None]
+            if number == 0:
+                collected.unreadable += [(item.sample, item.error or "") for item in batch if item.prepared is None]
+                collected.samples += [item.sample for item in readable]
+                collected.masks += [_mask(item.sample, preprocessing) for item in readable]
+            if not readable:
+                continue
+            encoded = detector.encode([item.prepared.input for item in readable if item.prepared is not None])
+            for index in members:
+                scored = detector.compare(encoded, banks[index])
+                collected.scores[index] += scored.scores.double().tolist()
+                collected.maps[index] += list(scored.maps.cpu().numpy())
+    return collected
+
+
+def _mask(sample: Sample, preprocessing: Preprocessing) -> NDArray[np.bool_] | None:
+    """The lesion mask at the network's input size; all False for a normal row, None where it is unknown."""
+    if sample.label == 0:
+        return np.zeros(preprocessing.size, bool)
+    mask = read_mask_of(sample)
+    return None if mask is None else mask_to_input(mask, preprocessing)
+
+
+def _evaluation(
+    task: str, shots: int, collected: _Scores, supports: Sequence[tuple[Sample, ...]], draws: range
+) -> Evaluation:
+    labels = np.array([sample.label for sample in collected.samples])
+    patients = [sample.patient_id for sample in collected.samples]
+    groups = [patient for patient in patients if patient is not None]
+    by_patient = len(groups) == len(patients)
+    scores = np.array([collected.scores[draw] for draw in draws])
+    metrics = []
+    for draw, row in zip(draws, scores, strict=True):
+        figures = image_metrics(row, labels)
+        if by_patient and len(set(groups)) < len(groups):
+            figures["patient_auroc"] = auroc(*pool_by_patient(row, labels, groups))
+        pairs = [(m, k) for m, k in zip(collected.maps[draw], collected.masks, strict=True) if k is not None]
+        if any(mask.any() for _, mask in pairs):
+            figures |= pixel_metrics([m for m, _ in pairs], [mask for _, mask in pairs])
+        metrics.append(figures)
+    return Evaluation(
+        task=task,
+        shots=shots,
+        samples=tuple(collected.samples),
+        unreadable=tuple(collected.unreadable),
+        supports=tuple(supports[draw] for draw in draws),
+        scores=scores,
+        metrics=tuple(metrics),
+        interval=bootstrap(auroc, scores, labels, groups=groups if by_patient else None),
+    )
+
+
+def table_of(results: Sequence[tuple[str, Evaluation]]) -> tuple[list[str], list[list[str]], str]:
+    """Lay evaluations out as a table.
+
+    Args:
+        results: (name of the method or model, evaluation); names may be empty.
+
+    Returns:
+        Column titles, rows of cells, and a note on how to read them.
+    """
+    shown = [
+        ("AP", "ap"),
+        ("F1max", "f1max"),
+        ("F1max floor", "f1max_floor"),
+        ("patient AUROC", "patient_auroc"),
+        ("pixel AUROC", "pixel_auroc"),
+        ("AUPRO", "aupro"),
+        ("Dice max", "dice_max"),
+    ]
+    summaries = [result.summary() for _, result in results]
+    shown = [(title, key) for title, key in shown if any(key in summary for summary in summaries)]
+    named = any(name for name, _ in results)
+    columns = ["task"] + ["method"] * named + ["K", "image AUROC", "95 % interval", *(title for title, _ in shown)]
+    rows = []
+    for (name, result), summary in zip(results, summaries, strict=True):
+        cells = [result.task] + [name] * named + [str(result.shots), _mean_sd(*summary["auroc"])]
+        cells.append(f"{result.interval.low:.3f} to {result.interval.high:.3f}")
+        cells += [_mean_sd(*summary[key]) if key in summary else "" for _, key in shown]
+        rows.append(cells)
+    draws, scored = len(results[0][1].supports), len(results[0][1].samples)
+    note = (
+        f"Mean ± standard deviation over {draws} support draws, {scored} test images. The interval is a bootstrap of "
+        "the mean AUROC over test images (patients where known). F1max and Dice take the best threshold on the test "
+        "labels; the floor is what calling everything anomalous gives."
+    )
+    return columns, rows, note
+
+
+def _mean_sd(mean: float, sd: float) -> str:
+    return f"{mean:.3f}" if np.isnan(sd) or sd < 5e-7 else f"{mean:.3f} ± {sd:.3f}"
+
+
+def write_evaluations(results: Sequence[Evaluation], out: Path) -> None:
+    """Write evaluation.json (summary), draws.csv (metrics and supports of each draw) and scores.csv (every image).
+
+    Raises:
+        OutputError: `out` cannot be written.
+    """
+    summary = [
+        {
+            "task": result.task,
+            "shots": result.shots,
+            "draws": len(result.supports),
+            "images": len(result.samples),
+            "unreadable": [f"{sample.name}: {reason}" for sample, reason in result.unreadable],
+            "auroc_interval": list(result.interval[1:]),
+            "metrics": {name: {"mean": mean, "sd": sd} for name, (mean, sd) in result.summary().items()},
+        }
+        for result in results
+    ]
+    names = list(dict.fromkeys(name for result in results for draw in result.metrics for name in draw))
+    draws: list[list[object]] = [["task", "shots", "draw", "supports", *names]]
+    scores: list[list[object]] = [["task", "shots", "draw", "path", "frame", "label", "score"]]
+    for result in results:
+        for number, (metrics, supports) in enumerate(zip(result.metrics, result.supports, strict=True)):
+            names_of_supports = ";".join(sample.name for sample in supports)
+            cells: list[object] = [result.task, result.shots, number]
+            draws.append([*cells, names_of_supports, *(metrics.get(name) for name in names)])
+            scores += [
+                [*cells, sample.path, sample.frame, sample.label, score]
+                for sample, score in zip(result.samples, result.scores[number].tolist(), strict=True)
+            ]
+    write_whole(out / "evaluation.json", (json.dumps(summary, indent=2) + "\n").encode())
+    for name, table in (("draws.csv", draws), ("scores.csv", scores)):
+        stream = io.StringIO()
+        csv.writer(stream, lineterminator="\n").writerows(table)
+        write_whole(out / name, stream.getvalue().encode())
