@@ -52,3 +52,37 @@ def golden_files(tmp_path_factory):
     torch.save({"decoder": fill(decoder), "weight": fill(l2w)}, checkpoint)
     torch.save({"decoder": fill(decoder), "weight": fill(l2w, 0.03)}, training_checkpoint)
     return {"teacher": teacher, "eval": checkpoint, "train": training_checkpoint}
+
+
+@pytest.fixture(scope="session")
+def phantom(tmp_path_factory):
+    """A small phantom benchmark at 64 px: two tasks, each with 8 normal training, 4 normal and 4 anomalous tests."""
+    from anatomaly.data.manifest import load_manifest
+    from anatomaly.data.phantom import write_benchmark
+
+    out = tmp_path_factory.mktemp("phantom")
+    tasks = ("head_ct", "brain_mr")
+    return load_manifest(write_benchmark(out, train=8, test_normal=4, test_anomalous=4, size=64, tasks=tasks))
+
+
+@pytest.fixture(scope="session")
+def make_detector(lite0):
+    """make_detector("nearest", size=(64, 96), ...): an untrained, seeded detector at 64 px, new at every call."""
+    from dataclasses import asdict
+
+    from anatomaly.config import MethodConfig
+    from anatomaly.inference import Detector
+    from anatomaly.methods import build_method
+    from anatomaly.types import Preprocessing, Scoring
+
+    def make(name="d24fad", *, teacher=lite0, seed=0, scoring=None, task_intensity=None, **preprocessing):
+        return Detector(
+            build_method(name, teacher, seed=seed),
+            preprocessing=Preprocessing(**{"size": (64, 64), **preprocessing}),
+            scoring=scoring or Scoring(),
+            facts={"method": asdict(MethodConfig(name=name)), "teacher": teacher.facts()},
+            task_intensity=task_intensity,
+            device="cpu",
+        )
+
+    return make

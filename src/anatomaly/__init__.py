@@ -1,3 +1,37 @@
-"""Finds what is not normal in medical images after seeing only normal ones."""
+"""Finds what is not normal in medical images after seeing only normal ones.
+
+``Detector.load("model").set_support(normal_files).predict(files)`` yields one `Prediction` per image.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from anatomaly.config import FitConfig as FitConfig
+    from anatomaly.data.manifest import load_manifest as load_manifest
+    from anatomaly.evaluation import evaluate as evaluate
+    from anatomaly.inference import Detector as Detector
+    from anatomaly.training import fit as fit
+    from anatomaly.types import Prediction as Prediction
 
 __version__ = "0.1.0"
+
+#: Public names and where they live; resolved on first use, so that `import anatomaly` stays free of torch.
+_PUBLIC = {
+    "Detector": "anatomaly.inference",
+    "FitConfig": "anatomaly.config",
+    "Prediction": "anatomaly.types",
+    "evaluate": "anatomaly.evaluation",
+    "fit": "anatomaly.training",
+    "load_manifest": "anatomaly.data.manifest",
+}
+__all__ = ["Detector", "FitConfig", "Prediction", "__version__", "evaluate", "fit", "load_manifest"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'anatomaly' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_PUBLIC[name]), name)

@@ -56,11 +56,13 @@ def save_bundle(
     write_tensors(folder / WEIGHTS, state)
     if with_teacher:
         write_tensors(folder / TEACHER, method.teacher.body.state_dict())
+    else:
+        (folder / TEACHER).unlink(missing_ok=True)  # of an older bundle; `Detector.load` would take it
     write_whole(folder / CONFIG, (json.dumps(facts, indent=2) + "\n").encode())
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read a bundle's facts.
+    """Read a bundle's facts; preprocessing, intensity rules and scoring come as the records they are.
 
     Raises:
         NotReadyError: The folder is not a bundle, or one of a newer format.
@@ -69,8 +71,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
         version = facts["format"]
-        for key in ("method", "teacher", "preprocessing", "task_intensity", "scoring", "weights_hash"):
-            facts[key]
+        if version == FORMAT:
+            facts = _with_records(facts)
     except (OSError, ValueError, KeyError, TypeError) as err:
         raise NotReadyError(
             f"{folder}: not a model bundle (no usable {CONFIG}). Make one with `anatomaly fit` or `anatomaly import`."
@@ -78,6 +80,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     if version != FORMAT:
         raise NotReadyError(f"{folder}: bundle format {version}, expected {FORMAT}. Update anatomaly.")
     return dict(facts)
+
+
+def _with_records(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts with their records rebuilt; a KeyError, TypeError or ValueError where a part is missing or damaged."""
+    return {
+        **facts,
+        "method": {key: facts["method"][key] for key in ("name", "distance", "softmax_scale", "tsd_weight")},
+        "teacher": {key: facts["teacher"][key] for key in ("name", "weights", "normalise", "hash")},
+        "preprocessing": _preprocessing(facts["preprocessing"]),
+        "task_intensity": {task: Intensity(**rule) for task, rule in dict(facts["task_intensity"]).items()},
+        "scoring": Scoring(**facts["scoring"]),
+        "weights_hash": str(facts["weights_hash"]),
+    }
 
 
 def load_weights(folder: Path, method: torch.nn.Module, *, expected: str) -> None:
@@ -117,7 +132,7 @@ def load_bank(file: Path) -> SupportBank:
     """Read a support bank.
 
     Raises:
-        NotReadyError: The file is not a support bank.
+        NotReadyError: The file is not a support bank, or one of a newer format.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -125,20 +140,23 @@ def load_bank(file: Path) -> SupportBank:
         with safe_open(file, framework="pt") as stream:
             facts = json.loads((stream.metadata() or {})["bank"])
             tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118 (not a dict)
+        if facts["format"] != FORMAT:
+            raise NotReadyError(f"{file}: bank format {facts['format']}, expected {FORMAT}. Update anatomaly.")
+        low, high = facts["map_range"]
         return SupportBank(
             tensors=tensors,
             task=facts["task"],
             names=tuple(facts["names"]),
             sha256=tuple(facts["sha256"]),
-            preprocessing=preprocessing_from(facts["preprocessing"]),
+            preprocessing=_preprocessing(facts["preprocessing"]),
             model_hash=facts["model_hash"],
-            map_range=(facts["map_range"][0], facts["map_range"][1]),
+            map_range=(float(low), float(high)),
         )
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as err:
         raise NotReadyError(f"{file}: not a support bank. Make one with `anatomaly predict --save_bank FILE`.") from err
 
 
-def preprocessing_from(facts: Mapping[str, Any]) -> Preprocessing:
+def _preprocessing(facts: Mapping[str, Any]) -> Preprocessing:
     """Rebuild a `Preprocessing` from its JSON form."""
     height, width = facts["size"]
     return Preprocessing(
@@ -147,11 +165,6 @@ def preprocessing_from(facts: Mapping[str, Any]) -> Preprocessing:
         interpolation=facts["interpolation"],
         intensity=Intensity(**facts["intensity"]),
     )
-
-
-def scoring_from(facts: Mapping[str, Any]) -> Scoring:
-    """Rebuild a `Scoring` from its JSON form."""
-    return Scoring(**facts)
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import re
 import sys
 from pathlib import Path
@@ -27,23 +28,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Without the program's name; None takes those of the process.
 
     Returns:
-        0; 1 if `data check` found errors; 2 for input that cannot be used, told in one line; 130 if interrupted.
+        0; 1 if `data check` found errors; 2 for input that cannot be used, told in one line; 130 if interrupted; 141 if
+        the reader of a pipe went away.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     name = next((n for n in (" ".join(words[:2]), " ".join(words[:1])) if n in COMMANDS), None)
-    if name is None:
-        return _overview(words)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for library in ("lightning", "timm", "urllib3", "numba"):
         logging.getLogger(library).setLevel(logging.WARNING)
     try:
-        return COMMANDS[name].run(_parse(name, words[len(name.split()) :]))
+        code = _overview(words) if name is None else COMMANDS[name].run(_parse(name, words[len(name.split()) :]))
+        sys.stdout.flush()
+        return code
     except AnatomalyError as err:
         return _fail(str(err))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again when it ends
+        return 141
     except OSError as err:
+        if err.errno == errno.ENAMETOOLONG:
+            return _fail(f"{str(err.filename)[:40]}...: the name is too long for a file.")
         if err.errno not in _CANNOT_WRITE:
             raise
         return _fail(f"{err.filename or 'output'}: cannot be written ({err.strerror}). Choose another folder.")
+    except (MemoryError, RuntimeError) as err:
+        if not isinstance(err, MemoryError) and not re.search(r"out of memory|can't allocate memory", str(err)):
+            raise
+        return _fail("not enough memory. Lower --batch_size, --preprocessing.size or --training.cache_gib.")
     except KeyboardInterrupt:
         return _fail("interrupted; what was written so far is complete.", code=130)
 
@@ -78,10 +89,40 @@ def _parse(name: str, words: Sequence[str]) -> Namespace:
         options: Namespace = parser.instantiate(parser.parse_args(list(words)))
         return options
     except ArgumentError as err:
-        message = " ".join(str(err).split())
+        message = _plain(str(err))
         unknown = re.search(r"does not accept option '([^']+)'|[Uu]nrecognized arguments?: --([^\s=]+)", message)
         hint = _near(unknown[1] or unknown[2], parser.get_defaults().keys()) if unknown else ""
-        raise ConfigError(f"{name}: {message}{hint} See anatomaly {name} --help.") from err
+        raise ConfigError(f"{name}: {message}.{hint} See anatomaly {name} --help.") from err
+    except (TypeError, UnicodeDecodeError) as err:  # jsonargparse lets these two through
+        raise ConfigError(
+            f"{name}: the settings are not UTF-8 YAML with a mapping per group, such as 'training: {{epochs: 5}}'. "
+            f"See anatomaly {name} --help."
+        ) from err
+
+
+def _plain(message: str) -> str:
+    """Put what jsonargparse says in the words of a command line, without Python's types."""
+    message = " ".join(message.split()).rstrip(".")
+    for pattern, words in (
+        (
+            r"Does not validate against any of the Union subtypes.*? Errors: - (.*?) - .*Given value: (.*)",
+            r"\1. Got \2",
+        ),
+        (r"Expected a dot import path string: .*?\. Got", "Expected braces, such as '{rule: range, low: 0}'. Got"),
+        (r"Problem with given class_path '[^']+': ", ""),
+        (r"(\. Got value: \S+)\. Got NestedArg.*", r"\1"),
+        (r'Parser key "([^"]+)": Expected', r"--\1: expected"),
+        (r'Parser key "([^"]+)"', r"--\1"),
+        (r"a <class '(?:list|tuple)'>", "a list in brackets"),
+        (r"a <class 'int'>", "a whole number"),
+        (r"a <class 'float'>", "a number"),
+        (r"a <class 'bool'>", "true or false"),
+        (r"a typing.Literal\[(.*?)\]", r"one of \1"),
+        (r"\. Got value: ", ", got "),
+        (r"\. Got ", ", got "),
+    ):
+        message = re.sub(pattern, words, message)
+    return message
 
 
 def _near(word: str, known: Any) -> str:
@@ -159,10 +200,12 @@ def _fit(options: Namespace) -> int:
 
     from anatomaly.config import FitConfig
     from anatomaly.data.manifest import load_manifest
-    from anatomaly.training import fit
 
-    manifest = load_manifest(Path(options.data))
     config = FitConfig(**{field.name: options[field.name] for field in fields(FitConfig)})
+    manifest = load_manifest(Path(options.data))
+
+    from anatomaly.training import fit  # takes seconds to load, so it comes after what may be wrong
+
     fit(manifest if options.tasks is None else manifest.select(task=options.tasks), options.out, config)
     print(f"model: {options.out}")
     return 0
@@ -225,6 +268,7 @@ def _predict_arguments(parser: ArgumentParser) -> None:
 
 
 def _predict(options: Namespace) -> int:
+    from anatomaly.config import check_intensity
     from anatomaly.data.layouts import samples_of
     from anatomaly.data.manifest import load_manifest
     from anatomaly.data.transforms import load
@@ -232,6 +276,10 @@ def _predict(options: Namespace) -> int:
 
     if (options.support is None) == (options.bank is None):
         raise ConfigError("predict: give either --support (normal images) or --bank (a saved bank).")
+    if options.bank is not None and (options.shots is not None or options.intensity is not None):
+        raise ConfigError("predict: --bank has its own shots and intensity rule. Leave out --shots and --intensity.")
+    if options.intensity is not None:
+        check_intensity(options.intensity, "intensity")
     images = Path(options.images)
     single = images.is_file() and images.suffix.lower() not in (".csv", ".json")
     samples = samples_of(images, task=options.task) if single else load_manifest(images, task=options.task).samples
@@ -271,7 +319,7 @@ def _support_rows(source: Path, task: str, shots: int | None) -> Any:
     rows = [row for row in load_manifest(source, task=task) if row.label != 1]
     rows = [row for row in rows if row.split == "train"] or rows
     if shots is not None and not 1 <= shots <= len(rows):
-        raise ConfigError(f"support: {source} has {len(rows)} normal images, {shots} shots asked. Lower --shots.")
+        raise ConfigError(f"support: {source} has {len(rows)} normal images, {shots} shots asked. Change --shots.")
     return rows[:shots]
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, get_args, get_type_hints
 
+from anatomaly.errors import ConfigError
 from anatomaly.types import Intensity, Preprocessing, Scoring
 
 
@@ -22,6 +24,12 @@ class TeacherConfig:
     weights: str = "auto"
     normalise: bool = True
 
+    def __post_init__(self) -> None:
+        """Refuse values of another type with a ConfigError: those of a bundle may have been edited."""
+        for name, kind in (("name", str), ("weights", str), ("normalise", bool)):
+            value = getattr(self, name)
+            _check(f"teacher.{name}", repr(value), isinstance(value, kind), f"a {kind.__name__}")
+
 
 @dataclass(frozen=True)
 class MethodConfig:
@@ -38,6 +46,11 @@ class MethodConfig:
     distance: Literal["flattened", "positionwise"] = "flattened"
     softmax_scale: Literal["channels", "elements"] = "channels"
     tsd_weight: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range with a ConfigError."""
+        _check_words(self, "method")
+        _check("method.tsd_weight", self.tsd_weight, 0 <= self.tsd_weight < math.inf, "at least 0")
 
 
 @dataclass(frozen=True)
@@ -72,6 +85,17 @@ class TrainingConfig:
     cache_gib: float = 4.0
     seed: int = 111
 
+    def __post_init__(self) -> None:
+        """Refuse values out of range with a ConfigError."""
+        _check_words(self, "training")
+        for name, lowest in (("shots", 1), ("epochs", 0), ("batch_size", 1), ("validate_every", 1), ("seed", 0)):
+            value = getattr(self, name)
+            _check(f"training.{name}", value, lowest <= value < 2**31, f"{lowest} or more, and less than 2**31")
+        _check("training.learning_rate", self.learning_rate, 0 < self.learning_rate < math.inf, "more than 0")
+        _check("training.validation", self.validation, 0 < self.validation < 1, "a share between 0 and 1")
+        _check("training.gradient_clip", self.gradient_clip, 0 <= self.gradient_clip < math.inf, "at least 0")
+        _check("training.cache_gib", self.cache_gib, self.cache_gib >= 0, "at least 0")
+
 
 @dataclass(frozen=True)
 class FitConfig:
@@ -92,3 +116,67 @@ class FitConfig:
     task_intensity: dict[str, Intensity] = field(default_factory=dict)
     scoring: Scoring = field(default_factory=Scoring)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range with a ConfigError."""
+        check_preprocessing(self.preprocessing)
+        check_scoring(self.scoring)
+        for task, intensity in self.task_intensity.items():
+            check_intensity(intensity, f"task_intensity.{task}")
+
+
+def check_preprocessing(preprocessing: Preprocessing) -> None:
+    """Refuse settings that no image can be prepared with.
+
+    Raises:
+        ConfigError: A value is out of range; whether the size fits the teacher is not known here.
+    """
+    _check_words(preprocessing, "preprocessing")
+    sides = preprocessing.size
+    _check("preprocessing.size", sides, 0 < min(sides) <= max(sides) <= 8192, "height and width from 1 to 8192")
+    check_intensity(preprocessing.intensity, "preprocessing.intensity")
+
+
+def check_intensity(intensity: Intensity, where: str) -> None:
+    """Refuse a rule that maps no range of values to [0, 1].
+
+    Args:
+        intensity: The rule; "auto" has no numbers to check.
+        where: Name of the setting, for the message.
+
+    Raises:
+        ConfigError: The rule is unknown or its numbers make no sense.
+    """
+    _check_words(intensity, where)
+    low, high = intensity.low, intensity.high
+    valid, expected = {
+        "auto": (True, ""),
+        "window": (math.isfinite(low) and 0 < high < math.inf, "centre and a width above 0"),
+        "range": (-math.inf < low < high < math.inf, "lowest below highest"),
+        "percentile": (0 <= low < high <= 100, "0 <= lower < upper <= 100"),
+    }[intensity.rule]
+    _check(f"{where}: {intensity.rule}", f"{low:g} and {high:g}", valid, expected)
+
+
+def check_scoring(scoring: Scoring) -> None:
+    """Refuse a blur or pooling that cannot be computed.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+    _check_words(scoring, "scoring")
+    _check("scoring.blur", scoring.blur, 0 <= scoring.blur < math.inf, "at least 0")
+    _check("scoring.top_fraction", scoring.top_fraction, 0 < scoring.top_fraction <= 1, "above 0 and at most 1")
+
+
+def _check_words(settings: Any, where: str) -> None:
+    """Compare the fields that take one of a few words with these words."""
+    for name, kind in get_type_hints(type(settings)).items():
+        words, value = get_args(kind), getattr(settings, name)
+        if words and isinstance(words[0], str):
+            _check(f"{where}.{name}", value, value in words, f"one of {', '.join(words)}")
+
+
+def _check(where: str, value: object, valid: bool, expected: str) -> None:
+    if not valid:
+        raise ConfigError(f"{where}: got {value}, expected {expected}.")

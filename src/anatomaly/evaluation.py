@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from anatomaly.data.loading import load_batches
+from anatomaly.data.loading import Loaded, load_batches
 from anatomaly.data.readers import read_mask_of
 from anatomaly.data.transforms import mask_to_input
-from anatomaly.errors import ManifestError
+from anatomaly.errors import ConfigError, ManifestError
 from anatomaly.metrics import (
     Interval,
     auroc,
@@ -106,9 +106,12 @@ def evaluate(
         One evaluation per K.
 
     Raises:
-        ConfigError: Too few normal training images, no test rows, or supports that leak into the test split.
-        ManifestError: The test rows lack a label or a class.
+        ConfigError: Too few normal training images, no test rows, no shots, or supports that leak into the test split.
+        ManifestError: The readable test rows lack a label or a class, or a mask does not fit its image.
+        ReadError: A support image or a mask cannot be read.
     """
+    if not shots:
+        raise ConfigError("evaluate: shots is empty, expected at least one number of support images.")
     tests = samples_to_test(manifest, task)
     _require_labels(tests, task)
     banks: list[SupportBank] = []
@@ -119,20 +122,23 @@ def evaluate(
             supports.append(drawn)
             banks.append(detector.make_bank(drawn, task=task))
     collected = _score(detector, tests, banks, batch_size)
+    _require_labels(collected.samples, task, "readable ")
     return [_evaluation(task, k, collected, supports, range(i * draws, (i + 1) * draws)) for i, k in enumerate(shots)]
 
 
-def _require_labels(tests: Sequence[Sample], task: str) -> None:
+def _require_labels(tests: Sequence[Sample], task: str, which: str = "") -> None:
     normal, anomalous = (sum(row.label == label for row in tests) for label in (0, 1))
     if not normal or not anomalous or normal + anomalous < len(tests):
         raise ManifestError(
             f"evaluate: task {task!r} has {normal} normal, {anomalous} anomalous and {len(tests) - normal - anomalous} "
-            "unlabelled test images, expected both classes and no unlabelled ones. Complete the labels."
+            f"unlabelled {which}test images, expected both classes and no unlabelled ones. "
+            "Complete the data; `anatomaly data check` lists what is wrong with it."
         )
 
 
 def _score(detector: Detector, tests: Sequence[Sample], banks: Sequence[SupportBank], batch_size: int) -> _Scores:
     """One pass per distinct preprocessing (one, unless a percentile rule depends on the supports)."""
+    masked = any(row.mask is not None for row in tests)
     groups: dict[Preprocessing, list[int]] = defaultdict(list)
     for index, bank in enumerate(banks):
         groups[bank.preprocessing].append(index)
@@ -143,23 +149,32 @@ def _score(detector: Detector, tests: Sequence[Sample], banks: Sequence[SupportB
             if number == 0:
                 collected.unreadable += [(item.sample, item.error or "") for item in batch if item.prepared is None]
                 collected.samples += [item.sample for item in readable]
-                collected.masks += [_mask(item.sample, preprocessing) for item in readable]
+                if masked:
+                    collected.masks += [_mask(item, preprocessing) for item in readable]
             if not readable:
                 continue
             encoded = detector.encode([item.prepared.input for item in readable if item.prepared is not None])
             for index in members:
                 scored = detector.compare(encoded, banks[index])
                 collected.scores[index] += scored.scores.double().tolist()
-                collected.maps[index] += list(scored.maps.cpu().numpy())
+                if masked:  # otherwise there is nothing to measure them with, and they take the most memory
+                    collected.maps[index] += list(scored.maps.cpu().numpy())
     return collected
 
 
-def _mask(sample: Sample, preprocessing: Preprocessing) -> NDArray[np.bool_] | None:
+def _mask(item: Loaded, preprocessing: Preprocessing) -> NDArray[np.bool_] | None:
     """The lesion mask at the network's input size; all False for a normal row, None where it is unknown."""
-    if sample.label == 0:
+    if item.sample.label == 0:
         return np.zeros(preprocessing.size, bool)
-    mask = read_mask_of(sample)
-    return None if mask is None else mask_to_input(mask, preprocessing)
+    mask = read_mask_of(item.sample)
+    if mask is None:
+        return None
+    if item.prepared is not None and mask.shape != item.prepared.image.size:
+        raise ManifestError(
+            f"{item.sample.mask}: the mask has {mask.shape} pixels, its image {item.prepared.image.size}; expected the "
+            "same. Export it again, or remove it from the table."
+        )
+    return mask_to_input(mask, preprocessing)
 
 
 def _evaluation(
@@ -246,7 +261,10 @@ def write_evaluations(results: Sequence[Evaluation], out: Path) -> None:
             "images": len(result.samples),
             "unreadable": [f"{sample.name}: {reason}" for sample, reason in result.unreadable],
             "auroc_interval": list(result.interval[1:]),
-            "metrics": {name: {"mean": mean, "sd": sd} for name, (mean, sd) in result.summary().items()},
+            "metrics": {
+                name: {"mean": mean, "sd": None if np.isnan(sd) else sd}  # JSON has no NaN
+                for name, (mean, sd) in result.summary().items()
+            },
         }
         for result in results
     ]

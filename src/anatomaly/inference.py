@@ -18,16 +18,15 @@ import torch
 from anatomaly.backbones import build_backbone
 from anatomaly.backbones.weights import read_state, state_digest
 from anatomaly.bundle import (
+    CONFIG,
     TEACHER,
     load_bank,
     load_weights,
-    preprocessing_from,
     read_config,
     save_bank,
     save_bundle,
-    scoring_from,
 )
-from anatomaly.config import MethodConfig
+from anatomaly.config import FitConfig, MethodConfig, TeacherConfig, check_preprocessing, check_scoring
 from anatomaly.data.layouts import samples_of
 from anatomaly.data.loading import load_batches
 from anatomaly.data.readers import read_image
@@ -154,6 +153,8 @@ class Detector:
         device: str = "auto",
         precision: Precision = "fp32",
     ) -> None:
+        check_preprocessing(preprocessing)
+        check_scoring(scoring)
         self.device = torch.device(choose_device(device))
         self.method = method.to(self.device).eval()
         self.method.teacher.to(self.device)
@@ -183,11 +184,12 @@ class Detector:
             teacher_weights: File to take the teacher's weights from instead of where the bundle says.
 
         Raises:
-            NotReadyError: The folder is not a bundle.
+            NotReadyError: The folder is not a bundle, or its settings are out of range.
             WeightsError: The teacher's weights cannot be had, or are not those the student was trained with.
         """
         folder = Path(bundle)
         config = read_config(folder)
+        _refuse_nonsense(config, folder)
         teacher = config["teacher"]
         stored = str(folder / TEACHER) if (folder / TEACHER).is_file() else teacher["weights"]
         backbone = build_backbone(teacher["name"], weights=teacher_weights or stored, normalise=teacher["normalise"])
@@ -200,10 +202,10 @@ class Detector:
         load_weights(folder, method, expected=config["weights_hash"])
         return cls(
             method,
-            preprocessing=preprocessing_from(config["preprocessing"]),
-            scoring=scoring_from(config["scoring"]),
+            preprocessing=config["preprocessing"],
+            scoring=config["scoring"],
             facts={key: config[key] for key in ("method", "teacher", "training") if key in config},
-            task_intensity={task: Intensity(**rule) for task, rule in config["task_intensity"].items()},
+            task_intensity=config["task_intensity"],
             device=device,
             precision=precision,
         )
@@ -248,9 +250,13 @@ class Detector:
         self, images: Iterable[str | Path | Sample], *, task: str = "task", intensity: Intensity | None = None
     ) -> SupportBank:
         """Like `set_support`, but only return the bank."""
-        samples = [sample for item in images for sample in samples_of(item, task=task)]
+        samples = [sample for item in _items(images) for sample in samples_of(item, task=task)]
         if not samples:
             raise ConfigError("support: got no images, expected at least 1 normal image. Check the support folder.")
+        if anomalous := [sample.name for sample in samples if sample.label == 1]:
+            raise ConfigError(
+                f"support: {anomalous[0]} is labelled anomalous, expected normal images only. Leave it out."
+            )
         rule = intensity or self.task_intensity.get(task, self.preprocessing.intensity)
         fixed = resolve_intensity(rule, (read_image(s.path, frame=s.frame) for s in samples))
         preprocessing = replace(self.preprocessing, intensity=fixed)
@@ -335,7 +341,9 @@ class Detector:
             NotReadyError: There is no support yet.
         """
         bank = self.ready()
-        samples = (sample for item in items for sample in samples_of(item, task=task))
+        if batch_size < 1:
+            raise ConfigError(f"predict: batch_size is {batch_size}, expected at least 1.")
+        samples = (sample for item in _items(items) for sample in samples_of(item, task=task))
         started = time.perf_counter()
         for batch in load_batches(samples, bank.preprocessing, batch_size=batch_size):
             readable = [(item.sample, item.prepared) for item in batch if item.prepared is not None]
@@ -385,7 +393,7 @@ class Detector:
         return self.bank
 
 
-def import_checkpoint(file: Path, *, teacher_weights: str = "auto", device: str = "auto") -> Detector:
+def import_checkpoint(file: str | Path, *, teacher_weights: str = "auto", device: str = "auto") -> Detector:
     """Turn an official D24FAD checkpoint into a detector with the release's settings.
 
     Args:
@@ -396,13 +404,20 @@ def import_checkpoint(file: Path, *, teacher_weights: str = "auto", device: str 
     Raises:
         WeightsError: The file or the teacher's weights cannot be used.
     """
+    file = Path(file)
     if not file.is_file():
         raise WeightsError(f"{file}: no such file. Pass a checkpoint of the D24FAD release.")
+    checkpoint = read_state(file)  # before the teacher, which may have to be downloaded
     teacher = build_backbone("wide_resnet50_2", weights=teacher_weights, normalise=False)
     method = D24FAD(teacher)
-    import_d24fad(read_state(file), method, where=str(file))
+    import_d24fad(checkpoint, method, where=str(file))
     facts = {"method": asdict(MethodConfig()), "teacher": teacher.facts()}
     return Detector(method, preprocessing=Preprocessing(), scoring=Scoring(), facts=facts, device=device)
+
+
+def _items(items: Iterable[str | Path | Sample]) -> Iterable[str | Path | Sample]:
+    """Take one path for a list of one, not for its characters."""
+    return [items] if isinstance(items, (str, Path)) else items
 
 
 def choose_device(device: str) -> str:
@@ -416,6 +431,20 @@ def choose_device(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: cuda asked for, this machine has none that torch can use. Pass --device cpu.")
     return device
+
+
+def _refuse_nonsense(config: Mapping[str, Any], folder: Path) -> None:
+    """Hold a bundle's settings to the same ranges as those of `fit`: somebody may have edited the file."""
+    try:
+        FitConfig(
+            teacher=TeacherConfig(**{key: config["teacher"][key] for key in ("name", "weights", "normalise")}),
+            method=MethodConfig(**config["method"]),
+            preprocessing=config["preprocessing"],
+            task_intensity=config["task_intensity"],
+            scoring=config["scoring"],
+        )
+    except (ConfigError, TypeError, ValueError) as err:
+        raise NotReadyError(f"{folder / CONFIG}: is damaged ({err}) Copy the whole bundle again.") from err
 
 
 def _model_hash(method: D24FAD | PatchNearestNeighbours, facts: Mapping[str, Any]) -> str:

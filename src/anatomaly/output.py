@@ -78,7 +78,7 @@ def predict_to_folder(
     """
     bank = detector.ready()
     kept: list[Prediction] = []
-    highest: list[tuple[float, int]] = []  # heap of the cases whose pictures are kept
+    highest: list[tuple[float, int]] = []  # heap of (score, -index) with pictures; the report, too, shows ties in order
     volumes = _Volumes(out / "maps") if maps else None
     with ResultWriter(out, scale=bank.map_range, support_names=bank.names, maps=maps, overlays=overlays) as writer:
         for prediction in detector.predict(samples, batch_size=batch_size, task=task):
@@ -87,8 +87,8 @@ def predict_to_folder(
                 volumes.add(prediction)
             kept.append(replace(prediction, image=None, anomaly_map=None))
             if prediction.error is None:
-                heapq.heappush(highest, (prediction.score, len(kept) - 1))
-                dropped = heapq.heappop(highest)[1] if len(highest) > _CASES else -1
+                heapq.heappush(highest, (prediction.score, 1 - len(kept)))
+                dropped = -heapq.heappop(highest)[1] if len(highest) > _CASES else -1
                 if dropped >= 0:
                     kept[dropped] = replace(kept[dropped], image=None, anomaly_map=None)
                 if dropped != len(kept) - 1:
@@ -123,7 +123,7 @@ def _about(detector: Detector, task: str) -> dict[str, str]:
         "Input": f"{preprocessing.size[0]} x {preprocessing.size[1]} pixels, {preprocessing.resize}",
         "Score": f"{detector.scoring.pooling} of the map, Gaussian blur {detector.scoring.blur:g} pixels",
     }
-    if "tasks" in training:
+    if "best_epoch" in training:
         about["Trained on"] = f"{training['images']} normal images of {', '.join(training['tasks'])}"
     return about
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import signal
 import sys
 import time
 import warnings
@@ -15,6 +17,7 @@ import lightning
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch.utils.data import DataLoader
 
 from anatomaly.backbones import build_backbone
@@ -24,7 +27,7 @@ from anatomaly.data.lesions import paste_lesion
 from anatomaly.data.loading import load_batches
 from anatomaly.data.readers import read_image
 from anatomaly.data.transforms import resolve_intensity
-from anatomaly.errors import ConfigError, OutputError, ReadError
+from anatomaly.errors import ConfigError, ReadError
 from anatomaly.feature_cache import FeatureCache, bytes_per_image
 from anatomaly.inference import Detector, choose_device, compare_tensor
 from anatomaly.methods import build_method
@@ -158,6 +161,13 @@ class StudentTraining(lightning.LightningModule):
         """Adam with the release's betas."""
         return torch.optim.Adam(self.method.parameters(), lr=self.config.learning_rate, betas=(0.5, 0.999))
 
+    def on_train_start(self) -> None:
+        """Forget epochs that were noted in `progress.jsonl` but not saved any more before the run was killed."""
+        file = self.folder / "progress.jsonl"
+        if file.is_file():
+            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+            write_whole(file, "".join(lines[: self.current_epoch]).encode())
+
     def training_step(self, batch: Batch) -> Tensor:
         """Loss of B episodes; teacher features come with the batch or are computed here."""
         losses = self.method.training_loss(self._features(batch.query), self._features(batch.support))
@@ -206,6 +216,16 @@ class StudentTraining(lightning.LightningModule):
         self.best = checkpoint["best"]
 
 
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes each checkpoint whole or not at all; Lightning's own may be cut off where /tmp is on another disk."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Replace the file at `path`; an `OutputError` where it cannot be written."""
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        write_whole(Path(path), buffer.getvalue())
+
+
 class Validation:
     """Held-out normals with and without pasted lesions, per training task; no image of another task is ever read.
 
@@ -246,6 +266,11 @@ class Validation:
                     size=self.config.preprocessing.size,
                     scoring=self.config.scoring,
                 ).scores
+            if not scores.isfinite().all():
+                raise ConfigError(
+                    f"training: the scores of task {task!r} are not finite any more, the training diverged. "
+                    "Lower --training.learning_rate and choose another --out."
+                )
             labels = np.arange(len(scores)) >= len(scores) // 2
             figures[f"val_auroc/{task}"] = image_metrics(scores.cpu().double().numpy(), labels)["auroc"]
         return {"val_auroc": float(np.mean(list(figures.values()))), **figures}
@@ -277,6 +302,7 @@ def _train(
             precision="bf16-mixed" if settings.precision == "bf16" else "32-true",
             gradient_clip_val=settings.gradient_clip or None,
             callbacks=callbacks,
+            plugins=WholeCheckpoints(),
             logger=False,
             use_distributed_sampler=False,
             enable_progress_bar=sys.stderr.isatty(),
@@ -284,10 +310,9 @@ def _train(
         )
         try:
             trainer.fit(module, loader, ckpt_path=last if last.is_file() else None, weights_only=True)
-        except RuntimeError as err:
-            if "PytorchStreamWriter" not in str(err) and "inline_container" not in str(err):
-                raise
-            raise OutputError(f"{last}: cannot be written. Free some space and run the same command again.") from err
+        except SystemExit:  # Lightning's answer to Ctrl-C, which it ignores from then on
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            raise KeyboardInterrupt from None
     method.load_state_dict(read_tensors(folder / _BEST))
     return {**module.best, "best_epoch": int(module.best["best_epoch"])}
 
@@ -340,13 +365,16 @@ def _finished(out: Path, config: FitConfig, manifest: Manifest) -> bool:
     record = out / "training" / "run.json"
     try:
         found = json.loads(record.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        write_whole(record, (json.dumps(wanted, indent=2) + "\n").encode())
-        return False
-    if found != wanted:
-        differ = ", ".join(_differences(found, wanted)[:3])
+    except (FileNotFoundError, NotADirectoryError):
+        found = None
+    complete = (out / CONFIG).is_file()
+    if found == wanted:
+        return complete
+    if complete or (found is not None and set(record.parent.iterdir()) != {record}):
+        differ = "they are not recorded" if found is None else ", ".join(_differences(found, wanted)[:3])
         raise ConfigError(f"{out}: holds a run with other settings ({differ}). Choose another --out or delete it.")
-    return (out / CONFIG).is_file()
+    write_whole(record, (json.dumps(wanted, indent=2) + "\n").encode())  # a run that failed at once is forgotten
+    return False
 
 
 def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -155,7 +155,7 @@ class SupportBank:
         tensors: Method-specific tensors whose first axis is K, by name.
         task: Task the images belong to.
         names: K display names.
-        sha256: K file digests.
+        sha256: K entries `digest#frame`: file digest and 0-based frame (0 for a plain file).
         preprocessing: How the images were prepared; queries are prepared the same way.
         model_hash: Digest of the teacher's and the student's weights that made the tensors.
         map_range: (low, high) of the fixed colour scale, from the supports' own leave-one-out maps.

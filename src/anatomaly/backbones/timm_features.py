@@ -69,7 +69,9 @@ class TimmTeacher(nn.Module):
         self.name = name
         self.normalise = normalise
         self.weights = weights
-        self.body = _build(name, spec, weights)
+        with torch.random.fork_rng(devices=[]):  # the caller's random state is left alone
+            torch.manual_seed(0)
+            self.body = _build(name, spec, weights)
         self.channels: tuple[int, ...] = tuple(self.body.feature_info.channels())[-LEVELS:]
         self.strides: tuple[int, ...] = tuple(self.body.feature_info.reduction())[-LEVELS:]
         self.weights_hash = state_digest(self.body.state_dict())
@@ -123,9 +125,7 @@ def _build(name: str, spec: TimmSpec, weights: str) -> nn.Module:
     except RuntimeError as err:
         raise WeightsError(f"{name}: timm cannot build {spec.model!r} ({err}). See timm.list_models().") from err
     if weights == "random":
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return timm.create_model(spec.model, features_only=True, pretrained=False)
+        return body
     explicit = None if weights == "auto" else Path(weights)
     if spec.source is None and explicit is None:
         try:

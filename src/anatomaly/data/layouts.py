@@ -161,7 +161,7 @@ def read_meta_json(file: Path) -> list[Sample]:
     """
     try:
         meta = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, RecursionError) as err:
         raise ManifestError(f"{file}: cannot be read as JSON ({err}).") from err
     classes_of_all = meta.values() if isinstance(meta, dict) else [None]
     if not all(isinstance(c, dict) and all(isinstance(e, list) for e in c.values()) for c in classes_of_all):

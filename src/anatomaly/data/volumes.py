@@ -11,6 +11,7 @@ right.  `write_volume` is the exact inverse.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 from collections.abc import Mapping
 from functools import lru_cache
@@ -115,6 +116,8 @@ def write_volume(maps: Mapping[int, NDArray[np.float32]], source: Path, out: Pat
     try:
         nibabel.save(type(image)(voxels, image.affine, header), out)
     except OSError as err:
+        with contextlib.suppress(OSError):
+            out.unlink(missing_ok=True)  # half a volume may open, with zeros where maps are missing
         raise OutputError(f"{out}: cannot be written ({err.strerror or err}). Check the folder and the disk.") from err
 
 

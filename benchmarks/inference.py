@@ -1,0 +1,95 @@
+"""Queries per second of D24FAD against the release's procedure, in one run.
+
+    python benchmarks/inference.py [--shots 8] [--batch 16] [--size 128] [--repeats 5]
+
+Both sides use a WideResNet-50-2 teacher and its student with random weights, and the same images.
+"release" follows the released evaluation: fp32, default memory layout, and for every batch of queries each of the K
+supports is copied to the batch size and encoded again.  "ours" encodes the supports once into a bank.
+Sides take turns; the figures are medians, the ratios are medians of ratios of neighbouring runs.
+"""
+
+import argparse
+import os
+import resource
+import statistics
+import time
+
+import torch
+
+from anatomaly.backbones import build_backbone
+from anatomaly.inference import compare_tensor, encode_tensor, predict_tensor
+from anatomaly.methods import build_method
+from anatomaly.scoring import anomaly_map, blur, image_score
+from anatomaly.types import Comparison, Scoring
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shots", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+
+    method = build_method("d24fad", build_backbone("wide_resnet50_2", weights="random", normalise=False)).eval()
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.rand(args.batch, 3, args.size, args.size, generator=generator)
+    supports = torch.rand(args.shots, 3, args.size, args.size, generator=generator)
+    plain = build_method("d24fad", build_backbone("wide_resnet50_2", weights="random", normalise=False)).eval()
+    plain.load_state_dict(method.state_dict())
+    plain.to(memory_format=torch.contiguous_format)
+    plain.teacher.to(memory_format=torch.contiguous_format)
+    scoring = Scoring()
+
+    with torch.inference_mode():
+        bank = method.embed_support(method.extract(supports))
+        with torch.autocast("cpu", torch.bfloat16):
+            bank_bf16 = method.embed_support(method.extract(supports))
+    sides = {
+        "release": lambda: release(plain, queries, supports),
+        "ours fp32": lambda: predict_tensor(method, queries, bank, scoring=scoring).scores,
+        "ours bf16": lambda: (
+            compare_tensor(
+                method,
+                encode_tensor(method, queries, precision="bf16"),
+                bank_bf16,
+                size=(args.size, args.size),
+                scoring=scoring,
+            ).scores
+        ),
+    }
+    scores = {name: run() for name, run in sides.items()}  # also the warm-up
+    times = {name: [] for name in sides}
+    for _ in range(args.repeats):
+        for name, run in sides.items():
+            started = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - started)
+
+    print(f"{os.cpu_count()} cores, torch {torch.__version__}, K = {args.shots}, batch {args.batch}, {args.size} px")
+    print("| side | images/s | ratio | largest score difference |\n|---|---|---|---|")
+    for name in sides:
+        speed = args.batch / statistics.median(times[name])
+        ratio = statistics.median(a / b for a, b in zip(times["release"], times[name], strict=True))
+        difference = ((scores[name] - scores["release"]).abs() / scores["release"].abs()).max().item()
+        print(f"| {name} | {speed:.2f} | {ratio:.1f} | {difference:.1e} |")
+    print(f"peak memory of the process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+
+
+@torch.inference_mode()
+def release(method, queries, supports):
+    """The released procedure: every support copied to the batch size and encoded for every batch."""
+    size = (queries.shape[2], queries.shape[3])
+    encoded = method.student(method.teacher.body(queries)[-1])
+    shots = [method.student(method.teacher.body(s.expand(len(queries), -1, -1, -1))[-1]) for s in supports]
+    comparisons = []
+    for level, query in enumerate(encoded):
+        values = torch.stack([shot[level] for shot in shots], dim=1)  # (B, K, C, h, w)
+        keys = torch.stack([method.l2w.project(level, shot[level]) for shot in shots], dim=1)
+        weights = method.l2w.logits(query, keys).softmax(dim=1)
+        comparisons.append(Comparison(query, torch.einsum("bk,bkchw->bchw", weights, values)))
+    return image_score(blur(anomaly_map(comparisons, size), 4.0), Scoring())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Images arrive in order, a little ahead of who uses them, and a broken file breaks nothing else."""
+
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from anatomaly.data import loading
+from anatomaly.data.loading import load_batches
+from anatomaly.data.transforms import load
+from anatomaly.types import Intensity, Preprocessing, Sample
+
+SMALL = Preprocessing(size=(8, 8))
+
+
+@pytest.fixture
+def samples(tmp_path):
+    """11 grey images, the n-th of brightness 10 n."""
+    paths = [tmp_path / f"{n:02}.png" for n in range(11)]
+    for n, path in enumerate(paths):
+        Image.fromarray(np.full((16, 12), 10 * n, np.uint8)).save(path)
+    return [Sample(path, "task") for path in paths]
+
+
+@pytest.mark.parametrize(("batch_size", "lengths"), [(1, [1] * 11), (4, [4, 4, 3]), (11, [11]), (50, [11])])
+def test_rows_keep_their_order(samples, batch_size, lengths):
+    batches = list(load_batches(samples, SMALL, batch_size=batch_size))
+    assert [len(batch) for batch in batches] == lengths
+    items = [item for batch in batches for item in batch]
+    assert [item.sample for item in items] == samples
+    brightness = [float(item.prepared.input.mean()) * 255 for item in items]
+    assert brightness == pytest.approx([10 * n for n in range(11)], abs=0.01)
+    assert all(item.error is None for item in items)
+    assert np.array_equal(items[5].prepared.input, load(samples[5], SMALL).input)
+
+
+def test_a_slow_file_holds_its_place(samples, monkeypatch):
+    others_are_read = threading.Event()
+
+    def slow_at_first(sample, preprocessing):
+        if sample is samples[0]:
+            assert others_are_read.wait(30)
+        elif sample is samples[1]:
+            others_are_read.set()
+        return load(sample, preprocessing)
+
+    monkeypatch.setattr(loading, "load", slow_at_first)
+    items = [item for batch in load_batches(samples[:4], SMALL, batch_size=2) for item in batch]
+    assert [item.sample for item in items] == samples[:4]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_rows_are_taken_one_batch_ahead_and_no_further(samples, batch_size):
+    taken = []
+
+    def rows():
+        while True:  # endless: reading all before the first batch would never end
+            for sample in samples:
+                taken.append(sample)
+                yield sample
+
+    batches = load_batches(rows(), SMALL, batch_size=batch_size)
+    assert taken == []
+    for number in range(1, 6):
+        assert len(next(batches)) == batch_size
+        assert len(taken) <= (number + 1) * batch_size
+    batches.close()
+
+
+def test_an_unreadable_file_is_an_item_with_its_reason(samples):
+    samples[2].path.write_bytes(b"not an image")
+    samples[5].path.unlink()
+    samples[10].path.write_bytes(b"")
+    items = [item for batch in load_batches(samples, SMALL, batch_size=3) for item in batch]
+    assert [item.sample for item in items] == samples
+    for n, item in enumerate(items):
+        assert (item.prepared is None) == (item.error is not None) == (n in (2, 5, 10))
+        if item.error is not None:
+            assert samples[n].path.name in item.error
+            assert "\n" not in item.error
+
+
+def test_an_intensity_rule_that_does_not_fit_is_an_error_of_each_image(samples):
+    rule = Preprocessing(size=(8, 8), intensity=Intensity("window", 40, 0))
+    items = [item for batch in load_batches(samples[:2], rule, batch_size=2) for item in batch]
+    assert all(item.prepared is None and "window" in item.error for item in items)
+
+
+def test_a_defect_of_ours_is_not_taken_for_a_bad_file(samples, monkeypatch):
+    def defect(sample, preprocessing):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(loading, "load", defect)
+    with pytest.raises(ZeroDivisionError):
+        list(load_batches(samples, SMALL, batch_size=2))
+
+
+def test_no_rows_give_no_batches():
+    assert list(load_batches([], SMALL, batch_size=4)) == []
+    assert list(load_batches(iter(()), SMALL, batch_size=1)) == []

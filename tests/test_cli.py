@@ -1,0 +1,630 @@
+"""The command line as its users meet it: what it prints, what it leaves behind, and how it fails."""
+
+import errno
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from anatomaly import __version__, cli
+from anatomaly.cli import COMMANDS, main
+from anatomaly.metrics import bootstrap
+from anatomaly.results import read_scores
+
+TINY = ("--teacher.weights=random", "--preprocessing.size=[64,64]", "--training.shots=1", "--training.batch_size=2")
+
+
+class Answer(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(capsys):
+    def call(*words):
+        capsys.readouterr()
+        try:
+            code = main([str(word) for word in words])
+        except SystemExit as stop:  # --help and --print_config
+            code = stop.code or 0
+        return Answer(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def refused(run):
+    """Run something that must be told in one line with exit code 2; returns the line without its prefix."""
+
+    def call(*words):
+        code, _, err = run(*words)
+        assert code == 2
+        assert err.count("\n") == 1
+        assert err.startswith("anatomaly: ")
+        assert "Traceback" not in err
+        return err.removeprefix("anatomaly: ")
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with what the commands need: a phantom `ph`, a tiny trained `model`, and `normals`, three PNG files."""
+    folder = tmp_path_factory.mktemp("world")
+    counts = ("--train=4", "--test_normal=3", "--test_anomalous=3", "--size=64")
+    assert main(["data", "phantom", f"--out={folder / 'ph'}", *counts]) == 0
+    fit = ["fit", f"--data={folder / 'ph'}", f"--out={folder / 'model'}", "--tasks=[fundus]", *TINY]
+    assert main([*fit, "--training.epochs=1"]) == 0
+    (folder / "normals").mkdir()
+    for number, file in enumerate(sorted((folder / "ph/head_ct/train/normal").iterdir())[:3]):
+        (folder / f"normals/{number}.png").write_bytes(file.read_bytes())
+    return folder
+
+
+def predict(world, out, *words):
+    return ("predict", "--model", world / "model", "--task", "head_ct", "--out", out, *words)
+
+
+def write_png(path, seed=0, size=(64, 64)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)).save(path)
+    return path
+
+
+# --- help, version, words that are no command ---
+
+
+def test_help_lists_every_command_and_no_command_means_help(run):
+    for words in (["--help"], ["-h"], []):
+        code, out, err = run(*words)
+        assert (code, err) == (0, "")
+        assert all(f"  {name} " in out for name in COMMANDS)
+
+
+def test_a_group_lists_its_own_commands_only(run):
+    for words in (["data"], ["data", "--help"]):
+        code, out, _ = run(*words)
+        assert code == 0
+        assert "data check" in out
+        assert "predict" not in out
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_every_command_explains_its_options(name, run):
+    code, out, _ = run(*name.split(), "--help")
+    assert code == 0
+    assert COMMANDS[name].help.split(",")[0] in out
+    assert "--config" in out
+
+
+def test_version(run):
+    assert run("--version") == Answer(0, f"anatomaly {__version__}\n", "")
+
+
+def test_an_unknown_command_names_the_nearest(refused):
+    assert "Did you mean predict?" in refused("predit")
+    assert "Did you mean" not in refused("xyzzy")
+    assert "expected one of data check, data phantom" in refused("data", "chek", "folder")
+
+
+def test_an_unknown_option_names_the_nearest(refused):
+    line = refused("fit", "--data", "x", "--out", "y", "--training.epoch", "3")
+    assert "--training.epoch 3. Did you mean training.epochs?" in line
+    assert "See anatomaly fit --help." in line
+    assert "Did you mean near?" in refused("data", "check", "x", "--neer=true")
+
+
+def test_an_unknown_key_in_a_file_names_the_nearest(refused, tmp_path):
+    file = tmp_path / "fit.yaml"
+    file.write_text("training: {epoch: 3}\n")
+    assert "Did you mean training.epochs?" in refused("fit", "--data", "x", "--out", "y", "-c", file)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("data check", "the following arguments are required: data"),
+        ("data phantom --out x --train abc", "--train: expected a whole number, got abc"),
+        ("data phantom --out x --train -5", "at least 0"),
+        ("data check x --near maybe", "--near: expected true or false, got maybe"),
+        ("fit --data x --out y --tasks brain", "--tasks: expected a list in brackets, got brain"),
+        ("fit --data x --out y --preprocessing.size 100", "--preprocessing.size: expected a list in brackets, got 100"),
+        ("fit --data x --out y --training.precision fp8", "expected one of 'fp32', 'bf16', got fp8"),
+        ("fit --data x --out y --training.epochs 1.5", "--training.epochs: expected a whole number, got 1.5"),
+        ("fit --data x --out y --training.epochs -1", "training.epochs: got -1, expected 0 or more"),
+        ("fit --data x --out y --training.learning_rate .nan", "training.learning_rate: got nan"),
+        ("fit --data x --out y --preprocessing.intensity {rule: window, low: 4, high: 0}", "a width above 0"),
+        ("fit --data x --out y -c missing.yaml", "File does not exist"),
+        ("predict --model m --images i --out o --support s --intensity range", "--intensity: expected braces"),
+        ("predict --model m --images i --out o --support s --intensity.rule rang", "'percentile', got rang."),
+        ("predict --model m --images i --out o", "either --support (normal images) or --bank"),
+        ("predict --model m --images i --out o --support s --bank b", "either --support (normal images) or --bank"),
+        ("predict --model m --images i --out o --bank b --shots 2", "--bank has its own shots and intensity rule"),
+        ("predict --model m --images i --out o --bank b --intensity.rule auto", "--bank has its own shots"),
+        ("evaluate --model m --data d --shots 2", "--shots: expected a list in brackets, got 2"),
+        ("import d24fad missing.pth --out x", "missing.pth: no such file"),
+    ],
+)
+def test_wrong_options_are_one_line(words, message, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    head, brace, tail = words.partition("{")
+    line = refused(*head.split(), *([brace + tail] if brace else []))
+    assert message in line
+    for python in ("<class", "Literal", "Union", "NestedArg", "Parser key"):
+        assert python not in line
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"[1, 2]", b"a: [1\n b: {", b"training: 5\n", b"\xff\xfe\0\0", b"training: !!python/object:os.system {}"],
+)
+def test_a_settings_file_that_is_none_is_one_line(content, refused, tmp_path):
+    (tmp_path / "bad.yaml").write_bytes(content)
+    assert "See anatomaly fit --help." in refused("fit", "--data", "x", "--out", "y", "-c", tmp_path / "bad.yaml")
+
+
+# --- data ---
+
+
+def test_data_check_of_a_sound_set_is_0(run, world, tmp_path):
+    table = tmp_path / "table.csv"
+    code, out, err = run("data", "check", world / "ph", "--csv", table)
+    assert (code, err) == (0, "")
+    assert out.endswith("ok\n")
+    assert "not ok" not in out
+    assert len(table.read_text().splitlines()) == 1 + 5 * 10
+
+
+def test_data_check_of_a_patient_in_two_splits_is_1(run, tmp_path):
+    rows = ["path,label,split,patient_id"]
+    for number, split in enumerate(("train", "test")):
+        write_png(tmp_path / f"{number}.png", seed=number)
+        rows.append(f"{number}.png,normal,{split},Jane Doe")
+    (tmp_path / "table.csv").write_text("\n".join(rows))
+    code, out, err = run("data", "check", tmp_path / "table.csv")
+    assert (code, err) == (1, "")
+    assert "1 patients have images in two splits" in out
+    assert "Jane" not in out
+
+
+def test_data_check_looks_for_look_alikes_unless_told_not_to(run, tmp_path):
+    scan = np.add.outer(np.arange(96) % 40, np.arange(96) % 25).astype(np.uint8)
+    for folder, change in (("train", 0), ("test", 10)):
+        (tmp_path / folder / "good").mkdir(parents=True)
+        Image.fromarray(scan + np.uint8(change)).save(tmp_path / folder / "good/a.png")
+    assert "1 pairs of images look the same across splits" in run("data", "check", tmp_path).out
+    assert "look the same" not in run("data", "check", tmp_path, "--near=false").out
+
+
+def test_data_check_of_nothing_is_2(refused, tmp_path):
+    assert refused("data", "check", tmp_path / "missing") == f"{tmp_path / 'missing'}: no such file or folder.\n"
+    (tmp_path / "empty").mkdir()
+    assert "no images found" in refused("data", "check", tmp_path / "empty")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    assert "cannot be read as JSON" in refused("data", "check", tmp_path / "deep.json")
+    assert "the name is too long" in refused("data", "check", "x" * 300)
+
+
+def test_data_phantom_prints_its_manifest_and_spares_other_folders(run, refused, tmp_path):
+    counts = ("--train=1", "--test_normal=1", "--test_anomalous=1", "--size=32")
+    code, out, _ = run("data", "phantom", "--out", tmp_path / "ph", *counts)
+    assert (code, out) == (0, f"{tmp_path / 'ph' / 'manifest.csv'}\n")
+    write_png(tmp_path / "mine/scan.png")
+    assert "nothing was written" in refused("data", "phantom", "--out", tmp_path / "mine", *counts)
+
+
+# --- fit ---
+
+
+def test_fit_wrote_a_model_and_a_finished_run_is_not_repeated(run, world, caplog):
+    fit = ("fit", "--data", world / "ph", "--out", world / "model", "--tasks=[fundus]", *TINY, "--training.epochs=1")
+    facts = json.loads((world / "model/config.json").read_text())
+    assert facts["training"]["tasks"] == ["fundus"]
+    assert facts["training"]["epochs"] == 1
+    before = (world / "model/weights.safetensors").stat().st_mtime_ns
+    with caplog.at_level(logging.INFO):
+        assert run(*fit)[:2] == (0, f"model: {world / 'model'}\n")
+    assert "finished already" in caplog.text
+    assert (world / "model/weights.safetensors").stat().st_mtime_ns == before
+
+
+def test_fit_does_not_mix_two_runs(refused, world):
+    fit = ("fit", "--data", world / "ph", "--out", world / "model", "--tasks=[fundus]", *TINY)
+    assert "training.epochs 1, now 2" in refused(*fit, "--training.epochs=2")
+
+
+def test_a_run_that_failed_at_once_does_not_block_its_folder(run, refused, world, tmp_path):
+    fit = ("fit", "--data", world / "ph", "--out", tmp_path / "m", "--tasks=[fundus]", *TINY)
+    assert "Lower --training.shots" in refused(*fit, "--training.shots=50", "--training.epochs=1")
+    assert run(*fit, "--training.epochs=0").code == 0
+
+
+def test_fit_spares_a_model_it_did_not_make(refused, world, tmp_path):
+    for name in ("config.json", "weights.safetensors"):
+        (tmp_path / name).write_bytes((world / "model" / name).read_bytes())
+    line = refused("fit", "--data", world / "ph", "--out", tmp_path, *TINY, "--training.epochs=0")
+    assert "other settings (they are not recorded)" in line
+
+
+def test_fit_tells_of_divergence(refused, world, tmp_path):
+    fit = ("fit", "--data", world / "ph", "--out", tmp_path / "m", "--tasks=[fundus]", *TINY)
+    assert "Lower --training.learning_rate" in refused(*fit, "--training.epochs=1", "--training.learning_rate=1e30")
+
+
+def test_fit_into_a_file_is_one_line(refused, world, tmp_path):
+    (tmp_path / "file").write_text("")
+    line = refused("fit", "--data", world / "ph", "--out", tmp_path / "file", *TINY, "--training.epochs=0")
+    assert "cannot be written: not a directory" in line
+
+
+def test_flags_after_a_file_win_and_the_printed_settings_give_the_same_again(run, world, tmp_path):
+    file, printed = tmp_path / "fit.yaml", tmp_path / "printed.yaml"
+    file.write_text(
+        f"data: {world / 'ph'}\nout: {tmp_path / 'm'}\ntasks: [fundus]\nteacher: {{weights: random}}\n"
+        "preprocessing: {size: [64, 96], intensity: {rule: range, low: 0, high: 200}}\n"
+        "task_intensity: {head_ct: {rule: window, low: 40, high: 80}}\n"
+        "scoring: {blur: 2}\ntraining: {epochs: 7, shots: 1, seed: 3}\n"
+    )
+    words = ("-c", file, "--training.epochs=0", "--scoring.pooling=mean")
+    code, out, err = run("fit", *words, "--print_config")
+    assert (code, err) == (0, "")
+    printed.write_text(out)
+    assert run("fit", "-c", printed, "--print_config").out == out
+    assert run("fit", *words).code == 0
+    first = json.loads((tmp_path / "m/config.json").read_text())
+    assert run("fit", "-c", printed, "--out", tmp_path / "again").code == 0
+    assert json.loads((tmp_path / "again/config.json").read_text()) == first
+    assert (first["training"]["epochs"], first["training"]["seed"], first["training"]["shots"]) == (0, 3, 1)
+    assert first["preprocessing"]["size"] == [64, 96]
+    assert first["preprocessing"]["intensity"] == {"rule": "range", "low": 0.0, "high": 200.0}
+    assert first["scoring"] == {"blur": 2.0, "pooling": "mean", "top_fraction": 0.01}
+
+
+def test_ctrl_c_during_training_is_130(run, world, tmp_path, monkeypatch):
+    def stop(*_, **__):  # what Lightning does
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise SystemExit(1)
+
+    monkeypatch.setattr("lightning.Trainer.fit", stop)
+    fit = ("fit", "--data", world / "ph", "--out", tmp_path / "m", "--tasks=[fundus]", *TINY, "--training.epochs=1")
+    code, _, err = run(*fit)
+    assert code == 130
+    assert err == "anatomaly: interrupted; what was written so far is complete.\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# --- predict ---
+
+
+def test_predict_a_folder_against_a_folder_of_normals(run, world, tmp_path):
+    words = predict(world, tmp_path / "out", "--images", world / "ph/head_ct/test", "--support", world / "normals")
+    code, out, err = run(*words)
+    assert (code, err) == (0, "")
+    assert out == f"6 images scored, 0 could not be read. Report: {tmp_path / 'out/report.html'}\n"
+    rows = read_scores(tmp_path / "out/scores.csv")
+    assert len(rows) == 6
+    assert all(np.isfinite(row["score"]) and row["task"] == "head_ct" for row in rows)
+    assert len(list((tmp_path / "out/maps").iterdir())) == 6
+    assert len(list((tmp_path / "out/overlays").iterdir())) == 6
+
+
+def test_a_saved_bank_gives_the_same_scores_without_the_images(run, world, tmp_path):
+    images = ("--images", world / "ph/head_ct/test")
+    support = ("--support", world / "normals", "--save_bank", tmp_path / "bank")
+    assert run(*predict(world, tmp_path / "one", *images, *support, "--maps=false", "--overlays=false")).code == 0
+    assert run(*predict(world, tmp_path / "two", *images, "--bank", tmp_path / "bank", "--batch_size=1")).code == 0
+    one, two = (read_scores(tmp_path / name / "scores.csv") for name in ("one", "two"))
+    assert [row["score"] for row in one] == pytest.approx([row["score"] for row in two], rel=1e-5)
+    assert not (tmp_path / "one/maps").exists()
+    assert not (tmp_path / "one/overlays").exists()
+
+
+def test_shots_takes_the_first_of_the_supports(run, refused, world, tmp_path):
+    words = ("--images", world / "normals/2.png", "--support", world / "normals")
+    assert run(*predict(world, tmp_path / "out", *words, "--shots=2")).code == 0
+    [row] = read_scores(tmp_path / "out/scores.csv")
+    assert [name for name in row if name.startswith("weight_")] == ["weight_0", "weight_1"]
+    for shots in (50, 0, -1):
+        line = refused(*predict(world, tmp_path / "more", *words, f"--shots={shots}"))
+        assert f"has 3 normal images, {shots} shots asked" in line
+
+
+def test_supports_of_a_labelled_set_are_its_normal_training_images(run, world, tmp_path):
+    table = world / "ph/some.csv"
+    rows = (world / "ph/manifest.csv").read_text().splitlines()
+    table.write_text("\n".join([rows[0], *(row for row in rows if row.startswith("head_ct/"))]))
+    assert run(*predict(world, tmp_path / "out", "--images", world / "normals/0.png", "--support", table)).code == 0
+    names = json.loads((tmp_path / "out/scores.jsonl").read_text())["support"]
+    assert names == [file.name for file in sorted((world / "ph/head_ct/train/normal").iterdir())]
+
+
+def test_an_image_labelled_anomalous_is_no_support(run, world, tmp_path):
+    rows = ["path,label"] + [f"{n}.png,{label}" for n, label in enumerate(("normal", "anomalous", ""))]
+    (world / "normals/table.csv").write_text("\n".join(rows))
+    words = ("--images", world / "normals/1.png", "--support", world / "normals/table.csv")
+    assert run(*predict(world, tmp_path / "out", *words)).code == 0
+    assert json.loads((tmp_path / "out/scores.jsonl").read_text())["support"] == ["0.png", "2.png"]
+
+
+def test_unreadable_images_are_rows_and_end_nothing(run, world, tmp_path):
+    good = write_png(tmp_path / "in/good.png")
+    (tmp_path / "in/short.png").write_bytes(good.read_bytes()[:200])
+    (tmp_path / "in/empty.dcm").write_bytes(b"")
+    write_png(tmp_path / "in/dot.png", size=(1, 1))
+    code, out, err = run(*predict(world, tmp_path / "out", "--images", tmp_path / "in", "--support", world / "normals"))
+    assert (code, err) == (0, "")
+    assert out.startswith("1 images scored, 3 could not be read.")
+    rows = {Path(row["path"]).name: row for row in read_scores(tmp_path / "out/scores.csv")}
+    assert {name for name, row in rows.items() if row["status"] == "error"} == {"short.png", "empty.dcm", "dot.png"}
+    assert "0 bytes" in rows["empty.dcm"]["error"]
+
+
+def test_no_readable_image_at_all_is_2(run, world, tmp_path):
+    (tmp_path / "empty.dcm").write_bytes(b"")
+    words = ("--images", tmp_path / "empty.dcm", "--support", world / "normals")
+    code, out, err = run(*predict(world, tmp_path / "out", *words))
+    assert code == 2
+    assert err == "anatomaly: no image could be scored; scores.csv says why for each.\n"
+    assert out.startswith("0 images scored, 1 could not be read.")
+    assert len(read_scores(tmp_path / "out/scores.csv")) == 1
+
+
+def test_a_nifti_volume_gives_a_row_per_slice_and_a_volume_of_maps(run, world, tmp_path):
+    nibabel = pytest.importorskip("nibabel")
+    voxels = np.random.default_rng(0).uniform(-50, 150, (40, 48, 3)).astype(np.float32)
+    affine = np.diag([-0.5, 0.5, 5.0, 1.0])
+    nibabel.save(nibabel.Nifti1Image(voxels, affine), tmp_path / "head.nii.gz")
+    intensity = ("--intensity.rule=range", "--intensity.low=-50", "--intensity.high=150")
+    words = ("--images", tmp_path / "head.nii.gz", "--support", world / "normals", *intensity)
+    code, out, _ = run(*predict(world, tmp_path / "out", *words))
+    assert code == 0
+    assert out.startswith("3 images scored")
+    assert [row["frame"] for row in read_scores(tmp_path / "out/scores.csv")] == [0, 1, 2]
+    maps = nibabel.load(tmp_path / "out/maps/head_map.nii.gz")
+    assert maps.shape == voxels.shape
+    assert np.array_equal(maps.affine, affine)
+    assert np.asarray(maps.dataobj).any(axis=(0, 1)).all()
+
+
+def write_dicom(path, stored, photometric):
+    pydicom = pytest.importorskip("pydicom")
+    meta = pydicom.dataset.FileMetaDataset()
+    meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.1"
+    meta.MediaStorageSOPInstanceUID = "1.2.3"
+    data = pydicom.Dataset()
+    data.file_meta = meta
+    data.SOPClassUID, data.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
+    data.PatientName, data.PatientID = "Doe^Jane", "secret-42"
+    data.Rows, data.Columns = stored.shape
+    data.SamplesPerPixel, data.PhotometricInterpretation, data.PixelRepresentation = 1, photometric, 0
+    data.BitsAllocated, data.BitsStored, data.HighBit = 16, 12, 11
+    data.PixelData = stored.astype("<u2").tobytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data.save_as(path, enforce_file_format=True)
+
+
+def test_dicom_is_judged_as_displayed_and_names_no_patient(run, world, tmp_path):
+    pytest.importorskip("pydicom")
+    stored = np.random.default_rng(0).integers(0, 4096, (40, 48))
+    write_dicom(tmp_path / "in/one.dcm", 4095 - stored, "MONOCHROME1")
+    write_dicom(tmp_path / "in/two.dcm", stored, "MONOCHROME2")
+    write_dicom(tmp_path / "in/wrong.dcm", 4095 - stored, "MONOCHROME2")
+    code, _, _ = run(*predict(world, tmp_path / "out", "--images", tmp_path / "in", "--support", world / "normals"))
+    assert code == 0
+    one, two, wrong = (row["score"] for row in read_scores(tmp_path / "out/scores.csv"))
+    assert one == pytest.approx(two, rel=1e-5)
+    assert one != pytest.approx(wrong, rel=1e-3)
+    written = b"".join(file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file())
+    assert b"Jane" not in written
+    assert b"secret-42" not in written
+
+
+def test_odd_file_names_reach_table_and_report_unharmed(run, world, tmp_path):
+    names = ["new\nline.png", "q'uo\"te;,.png", "<script>alert(1)<_b>.png", "ünïcödé 日本.png"]
+    for seed, name in enumerate(names):
+        write_png(tmp_path / "in" / name, seed)
+    words = ("--images", tmp_path / "in", "--support", world / "normals")
+    assert run(*predict(world, tmp_path / "out", *words)).code == 0
+    found = {Path(row["path"]).name for row in read_scores(tmp_path / "out/scores.csv")}
+    assert found == set(names)
+    assert "<script>alert" not in (tmp_path / "out/report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--images=missing", "--support=normals"], "missing: no such file or folder"),
+        (["--images=normals", "--support=missing"], "missing: no such file or folder"),
+        (["--images=normals", "--support=normals/0.png"], "got a .png file, expected"),
+        (["--images=normals", "--bank=missing"], "missing: not a support bank"),
+        (["--images=normals", "--bank=model/weights.safetensors"], "not a support bank"),
+        (["--images=normals", "--support=normals", "--batch_size=0"], "batch_size: got 0"),
+        (["--images=normals", "--support=normals", "--model=normals"], "normals: not a model bundle"),
+        (["--images=normals", "--support=normals", "--teacher.weights=missing"], "no weights file at missing"),
+        (["--images=normals", "--support=normals", "--out=normals/0.png"], "cannot be written: file exists"),
+        (["--images=normals", "--support=normals", "--save_bank=normals"], "cannot be written: is a directory"),
+        (
+            ["--images=normals", "--support=normals", "--intensity.rule=range", "--intensity.low=5"],
+            "range: got 5 and 1",
+        ),
+    ],
+)
+def test_predictions_that_cannot_be_made_are_one_line(words, message, refused, world, tmp_path, monkeypatch):
+    monkeypatch.chdir(world)
+    assert message in refused(*predict(world, tmp_path / "out", *words))
+    assert not (tmp_path / "out/scores.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        ("preprocessing", {"size": [-64, 64]}, "preprocessing.size: got (-64, 64)"),
+        ("preprocessing", {"resize": "stretch"}, "preprocessing.resize: got stretch"),
+        ("preprocessing", {"intensity": {"rule": "magic", "low": 0, "high": 1}}, "intensity.rule: got magic"),
+        ("preprocessing", {"intensity": {"rule": "range", "low": "a", "high": 1}}, "is damaged"),
+        ("preprocessing", {"size": "large"}, "not a model bundle"),
+        ("scoring", {"blur": "x"}, "is damaged"),
+        ("scoring", {"pooling": "median"}, "scoring.pooling: got median"),
+        ("scoring", {"colour": 1}, "not a model bundle"),
+        ("method", {"distance": "l2"}, "method.distance: got l2"),
+        ("teacher", {"name": 5}, "teacher.name: got 5"),
+        ("teacher", {"normalise": "no"}, "teacher.normalise: got 'no'"),
+    ],
+)
+def test_an_edited_model_is_refused_and_not_guessed_at(part, changes, message, refused, world, tmp_path):
+    (tmp_path / "weights.safetensors").write_bytes((world / "model/weights.safetensors").read_bytes())
+    facts = json.loads((world / "model/config.json").read_text())
+    facts[part] |= changes
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    words = ("--images", world / "normals/0.png", "--support", world / "normals", "--model", tmp_path)
+    line = refused(*predict(world, tmp_path / "out", *words))
+    assert message in line
+    assert str(tmp_path) in line
+
+
+def test_results_are_never_overwritten(run, refused, world, tmp_path):
+    words = predict(world, tmp_path / "out", "--images", world / "normals/2.png", "--support", world / "normals")
+    assert run(*words).code == 0
+    before = (tmp_path / "out/scores.csv").read_bytes()
+    assert "already exists" in refused(*words)
+    assert (tmp_path / "out/scores.csv").read_bytes() == before
+
+
+# --- evaluate, import, demo ---
+
+
+def test_evaluate_prints_a_table_and_writes_it(run, world, tmp_path):
+    words = ("--shots=[2]", "--draws=1", "--tasks=[head_ct]", "--out", tmp_path)
+    code, out, err = run("evaluate", "--model", world / "model", "--data", world / "ph", *words)
+    assert (code, err) == (0, "")
+    assert "image AUROC" in out
+    [facts] = json.loads((tmp_path / "evaluation.json").read_text())
+    assert (facts["task"], facts["shots"], facts["draws"], facts["images"]) == ("head_ct", 2, 1, 6)
+    assert len((tmp_path / "scores.csv").read_text().splitlines()) == 1 + 6
+    assert len((tmp_path / "draws.csv").read_text().splitlines()) == 1 + 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tasks=[fundu]"], "no task 'fundu', the tasks are"),
+        (["--shots=[50]"], "50 shots asked"),
+        (["--shots=[]"], "shots is empty"),
+        (["--draws=0"], "at least 1"),
+        (["--batch_size=0"], "batch_size: got 0"),
+    ],
+)
+def test_evaluations_that_cannot_be_made_are_one_line(words, message, refused, world):
+    assert message in refused("evaluate", "--model", world / "model", "--data", world / "ph", *words)
+
+
+def test_evaluating_a_set_of_one_class_is_one_line(refused, world, tmp_path):
+    for seed, name in enumerate(("train/good/0", "train/good/1", "train/good/2", "test/good/0", "test/good/1")):
+        write_png(tmp_path / f"liver/{name}.png", seed)
+    line = refused("evaluate", "--model", world / "model", "--data", tmp_path / "liver", "--shots=[2]")
+    assert "2 normal, 0 anomalous and 0 unlabelled test images" in line
+
+
+def test_importing_what_is_no_checkpoint_is_one_line(refused, world, tmp_path):
+    (tmp_path / "text.pth").write_text("hello")
+    words = ("--teacher.weights=random", "--out", tmp_path / "m")
+    assert "text.pth: not a readable weights file" in refused("import", "d24fad", tmp_path / "text.pth", *words)
+    assert "weights.safetensors" in refused("import", "d24fad", world / "model/weights.safetensors", *words)
+    assert not (tmp_path / "m").exists()
+
+
+def test_the_demo_runs_from_images_to_report_once(run, refused, tmp_path, monkeypatch):
+    from anatomaly import demo
+
+    draw = demo.write_benchmark
+
+    def few(out, *, train, seed):
+        return draw(out, train=4, test_normal=2, test_anomalous=2, size=64, seed=seed, tasks=("fundus", "head_ct"))
+
+    monkeypatch.setattr(demo, "write_benchmark", few)
+    monkeypatch.setattr(demo, "_SHOTS", (1, 2))
+    monkeypatch.setattr("anatomaly.evaluation.bootstrap", partial(bootstrap, samples=10))
+    monkeypatch.setattr(demo, "_TRAINING", replace(demo._TRAINING, epochs=1))
+    code, out, _ = run("demo", "--out", tmp_path / "demo")
+    assert code == 0
+    assert out.endswith(f"Report: {tmp_path / 'demo/report.html'}\n")
+    assert all(name in out for name in ("D24FAD", "untrained student", "patch nearest neighbours"))
+    assert "A task nobody trained on" in (tmp_path / "demo/report.html").read_text()
+    assert "head_ct" not in json.loads((tmp_path / "demo/models/D24FAD/config.json").read_text())["training"]["tasks"]
+    assert "report.html: already exists" in refused("demo", "--out", tmp_path / "demo")
+
+
+# --- how it ends ---
+
+
+def ending(monkeypatch, error):
+    def stop(options):
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "data check", COMMANDS["data check"]._replace(run=stop))
+
+
+def test_an_interrupt_is_130(run, monkeypatch):
+    ending(monkeypatch, KeyboardInterrupt())
+    assert run("data", "check", "x") == Answer(
+        130, "", "anatomaly: interrupted; what was written so far is complete.\n"
+    )
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_a_full_or_closed_disk_is_one_line(number, refused, monkeypatch):
+    ending(monkeypatch, OSError(number, os.strerror(number), "scores.csv"))
+    assert refused("data", "check", "x").startswith(f"scores.csv: cannot be written ({os.strerror(number)}).")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")])
+def test_too_little_memory_is_one_line(error, refused, monkeypatch):
+    ending(monkeypatch, error)
+    assert "not enough memory. Lower --batch_size" in refused("data", "check", "x")
+
+
+def test_a_defect_of_the_package_is_not_hidden(run, monkeypatch):
+    ending(monkeypatch, OSError(errno.EIO, "broken"))
+    with pytest.raises(OSError, match="broken"):
+        run("data", "check", "x")
+    ending(monkeypatch, RuntimeError("a defect"))
+    with pytest.raises(RuntimeError, match="a defect"):
+        run("data", "check", "x")
+    ending(monkeypatch, ZeroDivisionError())
+    with pytest.raises(ZeroDivisionError):
+        run("data", "check", "x")
+
+
+def test_messages_of_several_lines_become_one(refused, monkeypatch):
+    ending(monkeypatch, cli.ConfigError("a\nb\r\n  c"))
+    assert refused("data", "check", "x") == "a b c\n"
+
+
+def test_a_reader_that_goes_away_is_no_traceback():
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "anatomaly.cli", "--help"], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_help_and_version_load_none_of_the_heavy_libraries():
+    code = (
+        "import sys; from anatomaly.cli import main; main(['--help']); main(['--version']); main(['predit'])\n"
+        "heavy = {'torch', 'jsonargparse', 'numpy', 'lightning', 'timm', 'rich', 'PIL'} & set(sys.modules)\n"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,105 @@
+"""Settings out of range are refused when the record is made, whoever makes it."""
+
+import math
+
+import pytest
+
+from anatomaly.config import (
+    FitConfig,
+    MethodConfig,
+    TeacherConfig,
+    TrainingConfig,
+    check_intensity,
+    check_preprocessing,
+)
+from anatomaly.errors import ConfigError
+from anatomaly.types import Intensity, Preprocessing, Scoring
+
+
+def test_the_defaults_are_valid():
+    FitConfig()
+
+
+def test_the_ends_of_the_ranges_are_valid():
+    TrainingConfig(shots=1, epochs=0, batch_size=1, validate_every=1, seed=0, gradient_clip=0, cache_gib=0)
+    FitConfig(scoring=Scoring(blur=0, top_fraction=1), method=MethodConfig(tsd_weight=0))
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("shots", [0, -1, 2**31]),
+        ("epochs", [-1]),
+        ("batch_size", [0]),
+        ("validate_every", [0]),
+        ("seed", [-1, 10**20]),
+        ("learning_rate", [0.0, -1e-4, math.nan, math.inf]),
+        ("validation", [0.0, 1.0, math.nan]),
+        ("gradient_clip", [-1.0, math.nan, math.inf]),
+        ("cache_gib", [-1.0, math.nan]),
+        ("precision", ["fp16"]),
+        ("device", ["tpu"]),
+    ],
+)
+def test_training_settings_out_of_range_are_refused_by_name(name, values):
+    for value in values:
+        with pytest.raises(ConfigError, match=rf"^training\.{name}: got {value}, expected "):
+            TrainingConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("name", "pdd"), ("distance", "l2"), ("softmax_scale", ""), ("tsd_weight", math.nan)]
+)
+def test_method_settings_are_checked(name, value):
+    with pytest.raises(ConfigError, match=rf"^method\.{name}: got {value}, expected "):
+        MethodConfig(**{name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), [("name", 5), ("weights", None), ("normalise", "no")])
+def test_teacher_settings_of_another_type_are_refused(name, value):
+    with pytest.raises(ConfigError, match=rf"^teacher\.{name}: got {value!r}, expected a "):
+        TeacherConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        ({"preprocessing": Preprocessing(size=(0, 64))}, r"preprocessing\.size: got \(0, 64\)"),
+        ({"preprocessing": Preprocessing(size=(64, -64))}, r"preprocessing\.size"),
+        ({"preprocessing": Preprocessing(size=(64, 100_000))}, r"preprocessing\.size"),
+        ({"preprocessing": Preprocessing(resize="stretch")}, r"preprocessing\.resize: got stretch, expected one of sq"),
+        ({"preprocessing": Preprocessing(interpolation="cubic")}, r"preprocessing\.interpolation"),
+        ({"preprocessing": Preprocessing(intensity=Intensity("window", 40, 0))}, r"preprocessing\.intensity: window"),
+        ({"scoring": Scoring(blur=-1)}, r"scoring\.blur"),
+        ({"scoring": Scoring(blur=math.nan)}, r"scoring\.blur"),
+        ({"scoring": Scoring(pooling="median")}, r"scoring\.pooling"),
+        ({"scoring": Scoring(top_fraction=0)}, r"scoring\.top_fraction"),
+        ({"scoring": Scoring(top_fraction=1.5)}, r"scoring\.top_fraction"),
+        ({"task_intensity": {"liver": Intensity("range", 2, 1)}}, r"task_intensity\.liver: range: got 2 and 1"),
+    ],
+)
+def test_settings_of_images_and_scores_are_checked(changes, where):
+    with pytest.raises(ConfigError, match=f"^{where}"):
+        FitConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("rule", "valid", "invalid"),
+    [
+        ("window", [(-600, 1500)], [(40, 0), (40, -80), (math.nan, 80), (0, math.inf)]),
+        ("range", [(-1000, 400)], [(1, 1), (2, 1), (math.nan, 1), (0, math.inf)]),
+        ("percentile", [(0, 100), (1, 99)], [(99, 1), (-1, 99), (0, 101), (math.nan, 99)]),
+        ("auto", [(0, 1), (5, 2)], []),
+    ],
+)
+def test_intensity_rules_must_span_values(rule, valid, invalid):
+    for low, high in valid:
+        check_intensity(Intensity(rule, low, high), "here")
+    for low, high in invalid:
+        with pytest.raises(ConfigError, match=f"^here: {rule}: got "):
+            check_intensity(Intensity(rule, low, high), "here")
+
+
+def test_an_unknown_rule_is_refused():
+    with pytest.raises(ConfigError, match=r"preprocessing\.intensity\.rule: got magic, expected one of auto, window"):
+        check_preprocessing(Preprocessing(intensity=Intensity("magic")))

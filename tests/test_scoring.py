@@ -1,0 +1,123 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.ndimage import gaussian_filter
+
+from anatomaly.scoring import anomaly_map, blur, image_score
+from anatomaly.types import Comparison, Scoring
+
+
+def turned(degrees):
+    """A comparison whose student and target enclose these angles, (h, w), in two channels."""
+    angle = torch.deg2rad(torch.as_tensor(degrees, dtype=torch.float32))[None]
+    student = torch.stack([torch.ones_like(angle), torch.zeros_like(angle)], dim=1)
+    return Comparison(student, 5.0 * torch.stack([angle.cos(), angle.sin()], dim=1))
+
+
+def test_the_distance_is_one_minus_the_cosine_at_every_position():
+    degrees = [[0.0, 60.0, 90.0], [120.0, 180.0, 45.0]]
+    expected = 1 - np.cos(np.deg2rad(degrees))
+    np.testing.assert_allclose(anomaly_map([turned(degrees)], (2, 3))[0], expected, atol=1e-6)
+
+
+def test_levels_of_other_sizes_are_brought_to_the_map_with_their_corners_aligned():
+    coarse, fine = turned([[0.0, 90.0], [90.0, 180.0]]), turned(90.0 * torch.ones(5, 5))
+    total = anomaly_map([coarse, fine], (5, 5))[0]
+    row, column = np.mgrid[0:5, 0:5] / 4
+    np.testing.assert_allclose(total, row + column + 1, atol=1e-6)  # 0 ... 2 from corner to corner, plus 1
+
+
+def test_a_map_need_not_be_square_and_a_level_may_be_larger_than_it():
+    assert anomaly_map([turned(torch.zeros(8, 16)), turned(torch.zeros(1, 1))], (4, 10)).shape == (1, 4, 10)
+
+
+def test_half_precision_features_give_a_float32_map():
+    generator = torch.Generator().manual_seed(1)
+    student, target = torch.randn(2, 2, 16, 4, 4, generator=generator).bfloat16()
+    result = anomaly_map([Comparison(student, target)], (8, 8))
+    assert result.dtype == torch.float32
+    expected = anomaly_map([Comparison(student.float(), target.float())], (8, 8))
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
+
+
+def test_features_that_are_all_zero_count_as_unrelated():
+    zero, some = torch.zeros(1, 4, 2, 2), torch.ones(1, 4, 2, 2)
+    total = anomaly_map([Comparison(zero, some), Comparison(zero, zero)], (3, 3))
+    assert torch.equal(total, torch.full((1, 3, 3), 2.0))
+
+
+def test_no_comparison_is_an_error():
+    with pytest.raises(ValueError, match="empty sequence, expected at least one"):
+        anomaly_map([], (4, 4))
+
+
+def test_blur_of_zero_changes_nothing():
+    maps = torch.rand(2, 6, 6)
+    assert torch.equal(blur(maps, 0), maps)
+
+
+@pytest.mark.parametrize("sigma", [0.5, 4.0, 40.0])
+def test_blur_is_scipys_gaussian_and_leaves_its_input_alone(sigma):
+    maps = torch.rand(2, 17, 30, generator=torch.Generator().manual_seed(2))
+    before = maps.clone()
+    blurred = blur(maps, sigma)
+    assert blurred.dtype == torch.float32
+    np.testing.assert_allclose(blurred, [gaussian_filter(each.numpy(), sigma) for each in before], atol=1e-6)
+    assert torch.equal(maps, before)
+
+
+def test_blur_keeps_a_constant_map_and_the_sum_of_a_spot_far_from_the_border():
+    torch.testing.assert_close(blur(torch.full((1, 9, 9), 3.0), 2.0), torch.full((1, 9, 9), 3.0))
+    spot = torch.zeros(1, 41, 41)
+    spot[0, 20, 20] = 7.0
+    torch.testing.assert_close(blur(spot, 2.0).sum(), torch.tensor(7.0))
+
+
+def ramp(count):
+    """(2, 1, count): 0 ... count - 1 out of order, and the same plus 100."""
+    values = torch.randperm(count, generator=torch.Generator().manual_seed(count)).float()
+    return torch.stack([values, values + 100])[:, None]
+
+
+def test_the_highest_pixel_and_the_mean_are_those_of_each_image():
+    maps = ramp(50)
+    assert image_score(maps, Scoring(pooling="max")).tolist() == [49.0, 149.0]
+    assert image_score(maps, Scoring(pooling="mean")).tolist() == [24.5, 124.5]
+
+
+@pytest.mark.parametrize(
+    ("fraction", "averaged"), [(1e-9, 1), (0.01, 2), (0.02, 4), (0.5, 100), (0.999, 200), (1.0, 200)]
+)
+def test_top_k_averages_the_highest_share_of_the_pixels_and_at_least_one(fraction, averaged):
+    maps = ramp(200)
+    expected = [np.mean(np.sort(each.numpy().ravel())[-averaged:]) for each in maps]
+    scores = image_score(maps, Scoring(pooling="topk", top_fraction=fraction))
+    np.testing.assert_allclose(scores, expected, rtol=1e-6)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(1e-6, 1.0), st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=40))
+def test_top_k_lies_between_mean_and_maximum(fraction, values):
+    maps = torch.tensor(values, dtype=torch.float32).reshape(1, 1, -1)
+    low, top, high = (
+        float(image_score(maps, Scoring(pooling=pooling, top_fraction=fraction))) for pooling in ("mean", "topk", "max")
+    )
+    slack = 1e-3
+    assert low - slack <= top <= high + slack
+
+
+def test_scores_are_not_normalised():
+    for pooling in ("max", "mean", "topk"):
+        assert image_score(torch.tensor([[[20.0]], [[-3.0]]]), Scoring(pooling=pooling)).tolist() == [20.0, -3.0]
+
+
+def test_a_map_that_is_not_a_number_does_not_get_a_score():
+    maps = torch.tensor([[[1.0, math.nan]], [[1.0, 2.0]]])
+    for pooling in ("max", "mean", "topk"):
+        first, second = image_score(maps, Scoring(pooling=pooling)).tolist()
+        assert math.isnan(first)
+        assert math.isfinite(second)

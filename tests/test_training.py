@@ -1,0 +1,359 @@
+"""fit: what it writes, what it may see, and that being killed, resumed or short of disk changes no number."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from anatomaly import training
+from anatomaly.backbones.weights import state_digest
+from anatomaly.bundle import read_tensors
+from anatomaly.config import FitConfig, MethodConfig, TeacherConfig, TrainingConfig
+from anatomaly.data.manifest import load_manifest
+from anatomaly.data.phantom import write_benchmark
+from anatomaly.errors import AnatomalyError, ConfigError, OutputError, ReadError
+from anatomaly.inference import Detector
+from anatomaly.methods import D24FAD, build_method
+from anatomaly.training import StudentTraining, Validation, fit
+from anatomaly.types import Intensity, Preprocessing
+
+SMALL = Preprocessing(size=(64, 64))
+TASKS = ("brain_mr", "fundus")
+
+
+def settings(*, preprocessing=SMALL, **choices):
+    defaults = {"shots": 2, "epochs": 2, "batch_size": 5, "learning_rate": 1e-3, "validate_every": 1, "device": "cpu"}
+    return FitConfig(preprocessing=preprocessing, training=TrainingConfig(**{**defaults, **choices}))
+
+
+def write_scans(folder, **counts):
+    return load_manifest(write_benchmark(folder, **{"train": 6, "size": 64, "tasks": TASKS, **counts}))
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    """Two tasks of 6 normal training images, and no test images."""
+    return write_scans(tmp_path_factory.mktemp("scans"), test_normal=0, test_anomalous=0)
+
+
+@pytest.fixture(scope="module")
+def finished(scans, tmp_path_factory):
+    """A run of three epochs that nothing interrupted: (folder, detector)."""
+    out = tmp_path_factory.mktemp("run") / "model"
+    return out, fit(scans, out, settings(epochs=3))
+
+
+@pytest.fixture
+def one_teacher(monkeypatch, lite0):
+    """Spare the time to build the same teacher for every run."""
+    monkeypatch.setattr(training, "build_backbone", lambda *_, **__: lite0)
+
+
+def progress(out):
+    """The lines of a run's progress, without the time they took."""
+    lines = [json.loads(line) for line in (out / "training" / "progress.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+def losses(out):
+    return torch.tensor([[line[name] for name in ("total", "ssd", "tsd")] for line in progress(out)])
+
+
+def digest(detector):
+    return state_digest(detector.method.state_dict())
+
+
+def one_line(error):
+    message = str(error.value)
+    assert "\n" not in message
+    assert message.endswith(".")
+    return message
+
+
+def test_a_bundle_is_written_that_gives_the_same_detector(finished, scans):
+    out, detector = finished
+    loaded = Detector.load(out, device="cpu")
+    assert loaded.model_hash == detector.model_hash
+    assert loaded.preprocessing == detector.preprocessing == SMALL
+    assert not loaded.method.training
+    facts = loaded.facts["training"]
+    assert (facts["tasks"], facts["images"], facts["epochs"]) == (list(TASKS), 10, 3)  # 1 of 6 is held out in each
+    assert facts["manifest"] == scans.fingerprint()
+    assert not (out / "teacher.safetensors").exists()  # an installed package has them
+
+
+def test_progress_tells_every_epoch(finished):
+    out, detector = finished
+    lines = progress(out)
+    assert [line["epoch"] for line in lines] == [0, 1, 2]
+    for line in lines:
+        assert line["total"] == pytest.approx(line["ssd"] + 0.1 * line["tsd"], rel=1e-5)
+        assert line["val_auroc"] == pytest.approx(sum(line[f"val_auroc/{task}"] for task in TASKS) / 2)
+        assert 0 <= line["val_auroc"] <= 1
+    best = max(lines, key=lambda line: line["val_auroc"])  # the first of equals
+    assert detector.facts["training"]["best_epoch"] == best["epoch"]
+    assert detector.facts["training"]["val_auroc"] == best["val_auroc"]
+
+
+def test_the_loss_falls(scans, tmp_path, one_teacher):
+    fit(scans, tmp_path / "model", settings(epochs=8, validate_every=8))
+    ssd = [line["ssd"] for line in progress(tmp_path / "model")]
+    assert sum(ssd[-2:]) < 0.8 * sum(ssd[:2])
+
+
+def test_the_teacher_does_not_change(finished, lite0):
+    teacher = finished[1].method.teacher
+    assert state_digest(teacher.body.state_dict()) == teacher.weights_hash == lite0.weights_hash
+    assert digest(finished[1]) != state_digest(build_method("d24fad", lite0, seed=111).state_dict())  # the student did
+
+
+class Killed(BaseException):
+    """Like a kill signal: no handler of ours expects it."""
+
+
+@pytest.mark.parametrize(("noted", "signal"), [(True, Killed), (False, KeyboardInterrupt)])
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+    finished, scans, tmp_path, monkeypatch, one_teacher, noted, signal
+):
+    """It is killed in epoch 1, after or before the epoch is noted in the progress, and before it is saved."""
+    on_train_epoch_end = StudentTraining.on_train_epoch_end
+
+    def killed_in_epoch_1(self):
+        if noted or self.current_epoch < 1:
+            on_train_epoch_end(self)
+        if self.current_epoch == 1:
+            raise signal
+
+    out = tmp_path / "model"
+    with monkeypatch.context() as patch:
+        patch.setattr(StudentTraining, "on_train_epoch_end", killed_in_epoch_1)
+        with pytest.raises(signal):
+            fit(scans, out, settings(epochs=3))
+    assert not (out / "config.json").exists()
+    epochs = []
+
+    def note(self):
+        epochs.append(self.current_epoch)
+        on_train_epoch_end(self)
+
+    monkeypatch.setattr(StudentTraining, "on_train_epoch_end", note)
+    detector = fit(scans, out, settings(epochs=3))
+    assert epochs == [1, 2]
+    assert digest(detector) == digest(finished[1])
+    assert detector.facts == finished[1].facts
+    assert progress(out) == progress(finished[0])
+
+
+def test_a_run_killed_before_its_bundle_is_whole_is_not_trained_again(scans, tmp_path, monkeypatch, one_teacher):
+    def killed(self, folder):
+        raise Killed
+
+    out = tmp_path / "model"
+    with monkeypatch.context() as patch:
+        patch.setattr(Detector, "save", killed)
+        with pytest.raises(Killed):
+            fit(scans, out, settings(epochs=1))
+    before = progress(out)
+    monkeypatch.setattr(StudentTraining, "training_step", lambda *_: pytest.fail("trained again"))
+    detector = fit(scans, out, settings(epochs=1))
+    assert progress(out) == before
+    assert Detector.load(out, device="cpu").model_hash == detector.model_hash
+    assert state_digest(read_tensors(out / "training" / "best.safetensors")) == digest(detector)
+
+
+def test_a_finished_run_returns_at_once(finished, scans, monkeypatch):
+    out, detector = finished
+    monkeypatch.setattr(training, "_train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(Detector, "save", lambda *_: pytest.fail("written again"))
+    assert fit(scans, out, settings(epochs=3)).model_hash == detector.model_hash
+
+
+OTHERS = {
+    "training.learning_rate 0.001, now 0.002": settings(epochs=3, learning_rate=2e-3),
+    "training.epochs 3, now 4": settings(epochs=4),
+    "training.seed 111, now 1": settings(epochs=3, seed=1),
+    "preprocessing.resize squash, now pad": settings(epochs=3, preprocessing=replace(SMALL, resize="pad")),
+    "method.distance flattened, now positionwise": replace(
+        settings(epochs=3), method=MethodConfig(distance="positionwise")
+    ),
+    "teacher.normalise True, now False": replace(settings(epochs=3), teacher=TeacherConfig(normalise=False)),
+    "task_intensity.fundus None, now": replace(settings(epochs=3), task_intensity={"fundus": Intensity("range", 0, 9)}),
+}
+
+
+@pytest.mark.parametrize("difference", OTHERS)
+def test_a_folder_is_not_shared_by_two_runs(finished, scans, difference):
+    out, detector = finished
+    with pytest.raises(ConfigError) as error:
+        fit(scans, out, OTHERS[difference])
+    message = one_line(error)
+    assert message.startswith(f"{out}: holds a run with other settings (")
+    assert difference in message
+    assert Detector.load(out, device="cpu").model_hash == detector.model_hash
+
+
+def test_a_folder_is_not_shared_by_two_data_sets(finished, scans):
+    with pytest.raises(ConfigError, match=r"other settings \(other images\)"):
+        fit(replace(scans, samples=scans.samples[1:]), finished[0], settings(epochs=3))
+
+
+def test_the_feature_cache_changes_no_loss(scans, tmp_path, monkeypatch, one_teacher):
+    fit(scans, tmp_path / "cached", settings(epochs=1))
+    monkeypatch.setattr(training, "FeatureCache", lambda *_: pytest.fail("cached in spite of cache_gib=0"))
+    fit(scans, tmp_path / "anew", settings(epochs=1, cache_gib=0.0))
+    torch.testing.assert_close(losses(tmp_path / "cached"), losses(tmp_path / "anew"), rtol=1e-5, atol=1e-5)
+
+
+def test_bf16_trains_nearly_alike(scans, tmp_path, one_teacher):
+    fit(scans, tmp_path / "fp32", settings(epochs=1))
+    detector = fit(scans, tmp_path / "bf16", settings(epochs=1, precision="bf16"))
+    torch.testing.assert_close(losses(tmp_path / "bf16"), losses(tmp_path / "fp32"), rtol=0.05, atol=0.02)
+    assert not torch.equal(losses(tmp_path / "bf16"), losses(tmp_path / "fp32"))
+    floats = [tensor for tensor in detector.method.state_dict().values() if tensor.is_floating_point()]
+    assert all(tensor.dtype == torch.float32 and bool(tensor.isfinite().all()) for tensor in floats)
+
+
+@pytest.mark.parametrize(("clip", "norms"), [(0.0, set()), (0.25, {0.25})])
+def test_gradients_are_clipped_where_asked(scans, tmp_path, monkeypatch, one_teacher, clip, norms):
+    clip_grad_norm_, seen = torch.nn.utils.clip_grad_norm_, set()
+
+    def note(parameters, max_norm, **choices):
+        seen.add(max_norm)
+        return clip_grad_norm_(parameters, max_norm, **choices)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", note)
+    fit(scans, tmp_path / "model", settings(epochs=1, gradient_clip=clip))
+    assert seen == norms
+
+
+def test_no_epochs_leave_the_student_as_it_starts(scans, tmp_path, lite0):
+    detector = fit(scans, tmp_path / "model", settings(epochs=0))
+    assert digest(detector) == state_digest(build_method("d24fad", lite0, seed=111).state_dict())
+    assert Detector.load(tmp_path / "model", device="cpu").model_hash == detector.model_hash
+    assert {file.name for file in (tmp_path / "model" / "training").iterdir()} == {"run.json"}
+
+
+def test_a_method_without_weights_needs_no_training(scans, tmp_path):
+    detector = fit(scans, tmp_path / "model", replace(settings(), method=MethodConfig(name="nearest")))
+    assert Detector.load(tmp_path / "model", device="cpu").model_hash == detector.model_hash
+    assert {file.name for file in (tmp_path / "model" / "training").iterdir()} == {"run.json"}
+
+
+def test_the_best_epoch_is_kept_and_the_first_of_equals(scans, tmp_path, monkeypatch, one_teacher):
+    figures = iter([0.5, 0.9, 0.9])
+    monkeypatch.setattr(Validation, "__call__", lambda self: {"val_auroc": next(figures)})
+    detector = fit(scans, tmp_path / "three", settings(epochs=3))
+    assert {name: detector.facts["training"][name] for name in ("best_epoch", "val_auroc")} == {
+        "best_epoch": 1,
+        "val_auroc": 0.9,
+    }
+    figures = iter([0.5, 0.9])
+    assert digest(fit(scans, tmp_path / "two", settings(epochs=2))) == digest(detector)
+
+
+def test_validation_is_every_few_epochs_and_at_the_end_in_eval_mode(scans, tmp_path, monkeypatch, one_teacher):
+    modes, steps = [], []
+    validate, training_loss = Validation.__call__, D24FAD.training_loss
+
+    def noted_validation(self):
+        modes.append(self.method.training)
+        return validate(self)
+
+    def noted_step(self, query, support):
+        steps.append(self.training)
+        return training_loss(self, query, support)
+
+    monkeypatch.setattr(Validation, "__call__", noted_validation)
+    monkeypatch.setattr(D24FAD, "training_loss", noted_step)
+    fit(scans, tmp_path / "model", settings(epochs=3, validate_every=2))
+    assert [line["epoch"] for line in progress(tmp_path / "model") if "val_auroc" in line] == [1, 2]
+    assert modes == [False, False]
+    assert steps == [True] * 6
+
+
+def test_test_images_and_other_tasks_are_never_opened(finished, tmp_path, one_teacher):
+    tasks = (*TASKS, "histology")
+    everything = write_scans(tmp_path / "scans", test_normal=2, test_anomalous=2, tasks=tasks)
+    manifest = everything.select(task=TASKS)
+    for sample in everything:
+        if sample.split == "test" or sample.task == "histology":
+            sample.path.unlink()
+            if sample.mask is not None:
+                sample.mask.unlink()
+    assert len(list((tmp_path / "scans").rglob("*.png"))) == 12
+    detector = fit(manifest, tmp_path / "model", settings(epochs=3))
+    assert digest(detector) == digest(finished[1])  # the same training images, hence the same model
+
+
+def test_percentiles_become_a_range_per_task(scans, tmp_path, one_teacher):
+    rule = Intensity("percentile", 1, 99)
+    preprocessing = replace(SMALL, intensity=rule)
+    detector = fit(scans, tmp_path / "model", settings(epochs=1, preprocessing=preprocessing))
+    assert set(detector.task_intensity) == set(TASKS)
+    assert {each.rule for each in detector.task_intensity.values()} == {"range"}
+    assert Detector.load(tmp_path / "model", device="cpu").task_intensity == detector.task_intensity
+
+
+def test_an_unreadable_training_image_is_named_and_once_mended_the_run_starts(tmp_path, one_teacher):
+    manifest = write_scans(tmp_path / "scans", test_normal=0, test_anomalous=0)
+    broken = manifest.samples[3].path
+    content = broken.read_bytes()
+    broken.write_bytes(content[:100])
+    with pytest.raises(ReadError) as error:
+        fit(manifest, tmp_path / "model", settings(epochs=1))
+    message = one_line(error)
+    assert broken.name in message
+    assert "anatomaly data check" in message
+    assert not (tmp_path / "model" / "config.json").exists()
+    broken.write_bytes(content)
+    fit(manifest, tmp_path / "model", settings(epochs=1))
+
+
+@pytest.mark.parametrize("size", [(64, 80), (100, 64)])
+def test_a_size_that_does_not_fit_the_teacher_is_refused(scans, tmp_path, size):
+    with pytest.raises(ConfigError, match=r"expected multiples of 32\. Change --preprocessing\.size\.$") as error:
+        fit(scans, tmp_path / "model", settings(preprocessing=Preprocessing(size=size)))
+    assert str(size) in one_line(error)
+    assert not (tmp_path / "model").exists()
+
+
+def test_too_many_shots_are_refused(scans, tmp_path):
+    with pytest.raises(ConfigError, match=r"has 5 normal training images, 5 shots need at least 6\. Lower --training"):
+        fit(scans, tmp_path / "model", settings(shots=5))
+
+
+@pytest.fixture
+def disk_of():
+    """disk_of(n): no file may grow beyond n bytes, as on a disk that is full; None lifts the limit."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, before if size is None else (size, before[1]))
+
+    yield limit
+    limit(None)
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_with_more_room(finished, scans, tmp_path, disk_of, one_teacher):
+    out = tmp_path / "model"
+    for room, file in ((100, "run.json"), (500_000, "best.safetensors"), (2_000_000, "last.ckpt")):
+        disk_of(room)
+        with pytest.raises(OutputError) as error:
+            fit(scans, out, settings(epochs=3))
+        disk_of(None)
+        message = one_line(error)
+        assert message.startswith(f"{out / 'training' / file}: cannot be written: ")
+        assert "Free some space" in message
+    detector = fit(scans, out, settings(epochs=3))
+    assert digest(detector) == digest(finished[1])
+    assert progress(out) == progress(finished[0])
+    assert not list(out.rglob("*.part"))
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(scans, tmp_path):
+    (tmp_path / "model").write_text("a file")
+    with pytest.raises(AnatomalyError) as error:
+        fit(scans, tmp_path / "model", settings())
+    assert "model" in one_line(error)
