@@ -252,6 +252,20 @@ def test_the_best_epoch_is_kept_and_the_first_of_equals(scans, tmp_path, monkeyp
     assert digest(fit(scans, tmp_path / "two", settings(epochs=2))) == digest(detector)
 
 
+def test_the_best_epoch_is_remembered_when_a_run_goes_on(scans, tmp_path, monkeypatch, one_teacher):
+    figures = iter([0.9, Killed(), 0.5])
+
+    def validate(self):
+        if isinstance(figure := next(figures), Killed):
+            raise figure
+        return {"val_auroc": figure}
+
+    monkeypatch.setattr(Validation, "__call__", validate)
+    with pytest.raises(Killed):
+        fit(scans, tmp_path / "model", settings())
+    assert fit(scans, tmp_path / "model", settings()).facts["training"]["best_epoch"] == 0
+
+
 def test_validation_is_every_few_epochs_and_at_the_end_in_eval_mode(scans, tmp_path, monkeypatch, one_teacher):
     modes, steps = [], []
     validate, training_loss = Validation.__call__, D24FAD.training_loss

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
-from anatomaly.errors import ConfigError
+from anatomaly.errors import ConfigError, NotReadyError
 from anatomaly.types import Intensity, Preprocessing, Scoring
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,28 @@ class FitConfig:
         check_scoring(self.scoring)
         for task, intensity in self.task_intensity.items():
             check_intensity(intensity, f"task_intensity.{task}")
+
+
+def check_stored(facts: Mapping[str, Any], where: str) -> None:
+    """Hold the settings of a stored model to the same ranges as those of `fit`: somebody may have edited the file.
+
+    Args:
+        facts: What `bundle.read_config` returned.
+        where: The file, for the message.
+
+    Raises:
+        NotReadyError: A value is out of range or of another type.
+    """
+    try:
+        FitConfig(
+            teacher=TeacherConfig(**{key: facts["teacher"][key] for key in ("name", "weights", "normalise")}),
+            method=MethodConfig(**facts["method"]),
+            preprocessing=facts["preprocessing"],
+            task_intensity=facts["task_intensity"],
+            scoring=facts["scoring"],
+        )
+    except (ConfigError, TypeError, ValueError) as err:
+        raise NotReadyError(f"{where}: is damaged ({err}) Copy the whole bundle again.") from err
 
 
 def check_preprocessing(preprocessing: Preprocessing) -> None:

@@ -26,7 +26,7 @@ from anatomaly.bundle import (
     save_bank,
     save_bundle,
 )
-from anatomaly.config import FitConfig, MethodConfig, TeacherConfig, check_preprocessing, check_scoring
+from anatomaly.config import MethodConfig, check_preprocessing, check_scoring, check_stored
 from anatomaly.data.layouts import samples_of
 from anatomaly.data.loading import load_batches
 from anatomaly.data.readers import read_image
@@ -189,7 +189,7 @@ class Detector:
         """
         folder = Path(bundle)
         config = read_config(folder)
-        _refuse_nonsense(config, folder)
+        check_stored(config, str(folder / CONFIG))
         teacher = config["teacher"]
         stored = str(folder / TEACHER) if (folder / TEACHER).is_file() else teacher["weights"]
         backbone = build_backbone(teacher["name"], weights=teacher_weights or stored, normalise=teacher["normalise"])
@@ -431,20 +431,6 @@ def choose_device(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: cuda asked for, this machine has none that torch can use. Pass --device cpu.")
     return device
-
-
-def _refuse_nonsense(config: Mapping[str, Any], folder: Path) -> None:
-    """Hold a bundle's settings to the same ranges as those of `fit`: somebody may have edited the file."""
-    try:
-        FitConfig(
-            teacher=TeacherConfig(**{key: config["teacher"][key] for key in ("name", "weights", "normalise")}),
-            method=MethodConfig(**config["method"]),
-            preprocessing=config["preprocessing"],
-            task_intensity=config["task_intensity"],
-            scoring=config["scoring"],
-        )
-    except (ConfigError, TypeError, ValueError) as err:
-        raise NotReadyError(f"{folder / CONFIG}: is damaged ({err}) Copy the whole bundle again.") from err
 
 
 def _model_hash(method: D24FAD | PatchNearestNeighbours, facts: Mapping[str, Any]) -> str:

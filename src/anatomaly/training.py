@@ -350,12 +350,17 @@ def _facts(
 
 
 def _resolve(config: FitConfig, train: Manifest) -> dict[str, Intensity]:
-    """Fix every training task's intensity rule: percentiles become a range on that task's training images."""
-    rules = {}
+    """Fix every training task's intensity rule: percentiles become a range on that task's training images.
+
+    Rules of other tasks are kept as they are, for the supports of a task that is only met later.
+    """
+    rules = dict(config.task_intensity)
     for task in train.tasks:
         rule = config.task_intensity.get(task, config.preprocessing.intensity)
         rows = train.select(task=task)
         rules[task] = resolve_intensity(rule, (read_image(s.path, frame=s.frame) for s in rows))
+    if later := sorted(set(config.task_intensity).difference(train.tasks)):
+        logger.warning("task_intensity: %s is not trained on, its rule is kept for later.", ", ".join(later))
     return {task: rule for task, rule in rules.items() if rule != config.preprocessing.intensity}
 
 
