@@ -60,7 +60,7 @@ def test_every_draw_holds_the_metrics_of_scores_recomputed_through_predict(metho
         for supports, scores, metrics in zip(result.supports, result.scores, result.metrics, strict=True):
             predictions = by_hand(detector, supports, rows)
             expected = [prediction.score for prediction in predictions]
-            np.testing.assert_allclose(scores, expected, rtol=1e-5)
+            np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-6)
             figures = image_metrics(expected, labels)
             figures["patient_auroc"] = auroc(*pool_by_patient(expected, labels, [row.patient_id for row in rows]))
             figures |= pixel_metrics([p.anomaly_map for p in predictions], [lesion(row) for row in rows])
@@ -99,7 +99,7 @@ def test_no_image_is_dropped_whatever_the_batch_size(batch_size, results, phanto
     one = evaluate(make_detector(), phantom, task=TASK, shots=(3,), draws=2, seed=5, batch_size=batch_size)[0]
     assert one.samples == judged(phantom)
     assert one.unreadable == ()
-    np.testing.assert_allclose(one.scores, results[0].scores, rtol=1e-5)
+    np.testing.assert_allclose(one.scores, results[0].scores, rtol=1e-5, atol=1e-6)
 
 
 def test_the_interval_is_the_bootstrap_of_the_mean_auroc_over_patients(results):
@@ -160,7 +160,7 @@ def test_an_unreadable_test_image_is_reported_and_left_out(results, phantom, mak
     assert sample.path == broken
     assert "broken.png" in reason
     assert result.samples == rows[:2] + rows[3:]
-    np.testing.assert_allclose(result.scores, np.delete(results[0].scores, 2, axis=1), rtol=1e-5)
+    np.testing.assert_allclose(result.scores, np.delete(results[0].scores, 2, axis=1), rtol=1e-5, atol=1e-6)
     assert json.loads(_written([result], tmp_path / "out", "evaluation.json"))[0]["unreadable"] == [
         f"broken.png: {reason}"
     ]
@@ -217,7 +217,7 @@ def test_a_percentile_rule_is_resolved_on_the_supports_of_each_draw(phantom, mak
         for supports, scores, metrics in zip(result.supports, result.scores, result.metrics, strict=True):
             predictions = by_hand(detector, supports, rows)
             rules.add(detector.ready().preprocessing.intensity)
-            np.testing.assert_allclose(scores, [p.score for p in predictions], rtol=1e-5)
+            np.testing.assert_allclose(scores, [p.score for p in predictions], rtol=1e-5, atol=1e-6)
             expected = pixel_metrics([p.anomaly_map for p in predictions], [lesion(row) for row in rows])
             assert {name: metrics[name] for name in PIXEL} == pytest.approx(expected, abs=1e-6)
         assert result.samples == rows

@@ -97,7 +97,7 @@ def test_progress_tells_every_epoch(finished):
 
 
 def test_the_loss_falls(scans, tmp_path, one_teacher):
-    fit(scans, tmp_path / "model", settings(epochs=8, validate_every=8))
+    fit(scans, tmp_path / "model", settings(epochs=8, validate_every=8, learning_rate=1e-2))
     ssd = [line["ssd"] for line in progress(tmp_path / "model")]
     assert sum(ssd[-2:]) < 0.8 * sum(ssd[:2])
 
