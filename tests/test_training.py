@@ -16,7 +16,7 @@ from anatomaly.errors import AnatomalyError, ConfigError, OutputError, ReadError
 from anatomaly.inference import Detector
 from anatomaly.methods import D24FAD, build_method
 from anatomaly.training import StudentTraining, Validation, fit
-from anatomaly.types import Intensity, Preprocessing
+from anatomaly.types import Intensity, Preprocessing, Sample
 
 SMALL = Preprocessing(size=(64, 64))
 TASKS = ("brain_mr", "fundus")
@@ -371,3 +371,9 @@ def test_a_folder_that_cannot_be_made_is_one_line(scans, tmp_path):
     with pytest.raises(AnatomalyError) as error:
         fit(scans, tmp_path / "model", settings())
     assert "model" in one_line(error)
+
+
+def test_test_files_are_not_even_hashed(scans, tmp_path, one_teacher):
+    ghost = Sample(tmp_path / "gone.png", TASKS[0], "test", 1)
+    detector = fit(replace(scans, samples=(*scans.samples, ghost)), tmp_path / "model", settings(epochs=0))
+    assert detector.facts["training"]["manifest"] == scans.fingerprint()

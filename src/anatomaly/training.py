@@ -75,6 +75,7 @@ def fit(manifest: Manifest, out: str | Path, config: FitConfig) -> Detector:
     """
     out = Path(out)
     device, precision = choose_device(config.training.device), config.training.precision
+    manifest = replace(manifest, samples=tuple(row for row in manifest if row.split != "test"))
     train, held_out = split_normals(manifest, validation=config.training.validation, seed=config.training.seed)
     teacher = build_backbone(config.teacher.name, weights=config.teacher.weights, normalise=config.teacher.normalise)
     stride = teacher.strides[-1]
