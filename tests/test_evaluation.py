@@ -64,7 +64,7 @@ def test_every_draw_holds_the_metrics_of_scores_recomputed_through_predict(metho
             figures = image_metrics(expected, labels)
             figures["patient_auroc"] = auroc(*pool_by_patient(expected, labels, [row.patient_id for row in rows]))
             figures |= pixel_metrics([p.anomaly_map for p in predictions], [lesion(row) for row in rows])
-            assert metrics == pytest.approx(figures, abs=1e-6)
+            assert metrics == pytest.approx(figures, abs=1e-5)
 
 
 def test_results_follow_shots_and_draws(results):
@@ -142,7 +142,7 @@ def test_an_anomalous_image_without_mask_counts_for_the_image_metrics_only(phant
     known = [row for row in judged(phantom) if row != unmasked]
     maps = [p.anomaly_map for p in by_hand(detector, result.supports[0], known)]
     expected = pixel_metrics(maps, [lesion(row) for row in known])
-    assert {name: result.metrics[0][name] for name in PIXEL} == pytest.approx(expected, abs=1e-6)
+    assert {name: result.metrics[0][name] for name in PIXEL} == pytest.approx(expected, abs=1e-5)
     assert result.scores.shape == (1, 8)
 
 
@@ -219,7 +219,7 @@ def test_a_percentile_rule_is_resolved_on_the_supports_of_each_draw(phantom, mak
             rules.add(detector.ready().preprocessing.intensity)
             np.testing.assert_allclose(scores, [p.score for p in predictions], rtol=1e-5, atol=1e-6)
             expected = pixel_metrics([p.anomaly_map for p in predictions], [lesion(row) for row in rows])
-            assert {name: metrics[name] for name in PIXEL} == pytest.approx(expected, abs=1e-6)
+            assert {name: metrics[name] for name in PIXEL} == pytest.approx(expected, abs=1e-5)
         assert result.samples == rows
     assert len(rules) > 1  # otherwise one pass would have done and nothing was tested
 
