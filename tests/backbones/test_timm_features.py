@@ -96,7 +96,7 @@ def test_an_unknown_name_is_told_its_nearest(name, hint):
     with pytest.raises(ConfigError) as error:
         build_backbone(name, weights="random")
     message = str(error.value)
-    assert f"unknown name {name!r}, expected one of efficientnet_lite0, wide_resnet50_2 or timm/<model>." in message
+    assert f"unknown name {name!r}, expected one of {', '.join(BACKBONES)} or timm/<model>." in message
     assert message.endswith(hint or ".")
 
 

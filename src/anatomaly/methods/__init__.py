@@ -11,7 +11,7 @@ from anatomaly.methods.nearest import PatchNearestNeighbours
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from anatomaly.backbones.timm_features import TimmTeacher
+    from anatomaly.backbones.teacher import Teacher
 
 __all__ = ["D24FAD", "METHODS", "PatchNearestNeighbours", "build_method"]
 
@@ -23,7 +23,7 @@ METHODS: Mapping[str, type[D24FAD] | type[PatchNearestNeighbours]] = {
 
 def build_method(
     name: str,
-    teacher: TimmTeacher,
+    teacher: Teacher,
     *,
     distance: Distance = "flattened",
     softmax_scale: SoftmaxScale = "channels",

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from anatomaly.backbones.timm_features import TimmTeacher
+    from anatomaly.backbones.teacher import Teacher
     from anatomaly.types import Features
 
 Distance = Literal["flattened", "positionwise"]
@@ -85,7 +85,7 @@ class D24FAD(nn.Module):
 
     def __init__(
         self,
-        teacher: TimmTeacher,
+        teacher: Teacher,
         *,
         distance: Distance = "flattened",
         softmax_scale: SoftmaxScale = "channels",
@@ -100,7 +100,7 @@ class D24FAD(nn.Module):
         self.l2w = LearnToWeight(teacher.channels[:-1], scale=softmax_scale)
 
     @property
-    def teacher(self) -> TimmTeacher:
+    def teacher(self) -> Teacher:
         """The frozen backbone."""
         return self._teacher[0]
 

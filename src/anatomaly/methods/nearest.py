@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from anatomaly.backbones.timm_features import TimmTeacher
+    from anatomaly.backbones.teacher import Teacher
     from anatomaly.types import Features
 
 
@@ -30,12 +30,12 @@ class PatchNearestNeighbours(nn.Module):
         teacher: Frozen backbone.
     """
 
-    def __init__(self, teacher: TimmTeacher) -> None:
+    def __init__(self, teacher: Teacher) -> None:
         super().__init__()
         self._teacher = [teacher]
 
     @property
-    def teacher(self) -> TimmTeacher:
+    def teacher(self) -> Teacher:
         """The frozen backbone."""
         return self._teacher[0]
 

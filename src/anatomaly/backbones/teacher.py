@@ -1,0 +1,106 @@
+"""A frozen teacher: any feature pyramid behind one declared interface."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from anatomaly.backbones.weights import state_digest
+from anatomaly.errors import ShapeError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+#: Levels a method may use, shallow to deep; the last one feeds the student.
+LEVELS = 4
+
+
+class Teacher(nn.Module):
+    """Frozen feature pyramid; always in eval mode, never updated.
+
+    Attributes:
+        name: Name in `BACKBONES`.
+        body: The network; (B, 3, H, W) -> its levels, shallow to deep.
+        channels: Channels of the levels, shallow to deep.
+        strides: Input pixels per feature cell of the levels.
+        signed: The levels take negative values (no ReLU at their end), found by running the model once.
+        weights_hash: Digest of names and values of all weights; identifies the teacher in bundles and banks.
+
+    Args:
+        name: Name in `BACKBONES`, for messages and bundles.
+        body: The network, with its weights.
+        channels: Of the network's levels; the last four are used.
+        strides: Likewise.
+        mean: Per-channel mean subtracted from [0, 1] input.
+        std: Per-channel divisor.
+        weights: What the user asked for: "auto", "random" or a file.
+        normalise: Scale [0, 1] input by mean and std; False feeds it as it is (D24FAD's release).
+    """
+
+    mean: Tensor
+    std: Tensor
+    body: Any  # its children differ from family to family
+
+    def __init__(
+        self,
+        name: str,
+        body: nn.Module,
+        *,
+        channels: Sequence[int],
+        strides: Sequence[int],
+        mean: Sequence[float],
+        std: Sequence[float],
+        weights: str,
+        normalise: bool = True,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.normalise = normalise
+        self.weights = weights
+        self.body = body
+        self.channels: tuple[int, ...] = tuple(channels)[-LEVELS:]
+        self.strides: tuple[int, ...] = tuple(strides)[-LEVELS:]
+        self.weights_hash = state_digest(body.state_dict())
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.requires_grad_(False)
+        self.to(memory_format=torch.channels_last)  # 10-25 % faster on CPUs, much faster on GPUs in bf16
+        super().train(False)
+        probe = self(torch.linspace(0, 1, 3 * (4 * self.strides[-1]) ** 2).view(1, 3, 4 * self.strides[-1], -1))
+        self.signed = any(bool((level < 0).any()) for level in probe)
+
+    def facts(self) -> dict[str, object]:
+        """What a bundle stores to build the same teacher again; a user's file name stays out of it."""
+        weights = self.weights if self.weights in ("auto", "random") else "file"
+        return {"name": self.name, "weights": weights, "normalise": self.normalise, "hash": self.weights_hash}
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Stay in eval mode: a teacher's BatchNorm statistics must never move."""
+        return self
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Compute the feature pyramid.
+
+        Args:
+            images: (B, 3, H, W), float, in [0, 1]; H and W multiples of the last stride.
+
+        Returns:
+            One (B, C_l, H / stride_l, W / stride_l) tensor per level, shallow to deep.
+
+        Raises:
+            ShapeError: H or W is not a multiple of the last stride.
+        """
+        height, width = images.shape[-2:]
+        if height % self.strides[-1] or width % self.strides[-1]:
+            raise ShapeError(
+                f"{self.name}: got images of {height}x{width}, expected multiples of {self.strides[-1]}. "
+                "Change the input size."
+            )
+        if self.normalise:
+            images = (images - self.mean) / self.std
+        return tuple(self.body(images.contiguous(memory_format=torch.channels_last))[-LEVELS:])
