@@ -18,7 +18,7 @@ ROWS = (  # a module may import modules of lower rows, and its own folder's
     "report inference",
     "bundle",
     "methods protocols",
-    "data backbones scoring metrics feature_cache results",
+    "data backbones scoring metrics feature_cache feature_store results",
     "config",
     "types errors",
 )
