@@ -76,11 +76,15 @@ def make_detector(lite0):
     from anatomaly.types import Preprocessing, Scoring
 
     def make(name="d24fad", *, teacher=lite0, seed=0, scoring=None, task_intensity=None, **preprocessing):
+        teachers = [teacher, teacher] if name == "pdd" else [teacher]
         return Detector(
-            build_method(name, teacher, seed=seed),
+            build_method(name, teachers, seed=seed),
             preprocessing=Preprocessing(**{"size": (64, 64), **preprocessing}),
             scoring=scoring or Scoring(),
-            facts={"method": asdict(MethodConfig(name=name)), "teacher": teacher.facts()},
+            facts={
+                "method": asdict(MethodConfig(name=name)),
+                **{role: one.facts() for role, one in zip(("teacher", "global_teacher"), teachers, strict=False)},
+            },
             task_intensity=task_intensity,
             device="cpu",
         )

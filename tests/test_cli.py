@@ -148,11 +148,10 @@ def test_an_unknown_key_in_a_file_names_the_nearest(refused, tmp_path):
         ("fit --data x --out y -c missing.yaml", "File does not exist"),
         ("predict --model m --images i --out o --support s --intensity range", "--intensity: expected braces"),
         ("predict --model m --images i --out o --support s --intensity.rule rang", "'percentile', got rang."),
-        ("predict --model m --images i --out o", "either --support (normal images) or --bank"),
         ("predict --model m --images i --out o --support s --bank b", "either --support (normal images) or --bank"),
         ("predict --model m --images i --out o --bank b --shots 2", "--bank has its own shots and intensity rule"),
         ("predict --model m --images i --out o --bank b --intensity.rule auto", "--bank has its own shots"),
-        ("evaluate --model m --data d --shots 2", "--shots: expected a list in brackets, got 2"),
+        ("evaluate --model m --data d --shots two", "--shots: expected a list in brackets, got two"),
         ("import d24fad missing.pth --out x", "missing.pth: no such file"),
     ],
 )

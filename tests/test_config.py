@@ -48,7 +48,7 @@ def test_training_settings_out_of_range_are_refused_by_name(name, values):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("name", "pdd"), ("distance", "l2"), ("softmax_scale", ""), ("tsd_weight", math.nan)]
+    ("name", "value"), [("name", "pd"), ("distance", "l2"), ("softmax_scale", ""), ("tsd_weight", math.nan)]
 )
 def test_method_settings_are_checked(name, value):
     with pytest.raises(ConfigError, match=rf"^method\.{name}: got {value}, expected "):

@@ -13,17 +13,27 @@ import anatomaly
 PACKAGE = Path(anatomaly.__file__).parent
 ROWS = (  # a module may import modules of lower rows, and its own folder's
     "cli",
+    "commands",
     "demo",
-    "output evaluation training",
+    "official output evaluation training export",
     "report inference",
     "bundle",
-    "methods protocols",
-    "data backbones scoring metrics feature_cache feature_store results",
-    "config",
+    "methods protocols timm_models",
+    "data backbones scoring metrics feature_cache results",
+    "config presets",
     "types errors",
 )
 ROW = {name: row for row, names in enumerate(ROWS) for name in names.split()}
-READ_CONFIG = {"cli", "demo", "output", "evaluation", "training", "inference"}  # below, plain arguments
+READ_CONFIG = {
+    "cli",
+    "commands",
+    "demo",
+    "official",
+    "output",
+    "evaluation",
+    "training",
+    "inference",
+}  # below, plain arguments
 
 FILES = {".".join(f.relative_to(PACKAGE).with_suffix("").parts): f for f in sorted(PACKAGE.rglob("*.py"))}
 TREES = {name.removesuffix(".__init__"): ast.parse(file.read_text("utf-8")) for name, file in FILES.items()}

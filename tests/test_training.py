@@ -13,6 +13,7 @@ from anatomaly.config import FitConfig, MethodConfig, TeacherConfig, TrainingCon
 from anatomaly.data.manifest import load_manifest
 from anatomaly.data.phantom import write_benchmark
 from anatomaly.errors import AnatomalyError, ConfigError, OutputError, ReadError
+from anatomaly.feature_cache import FeatureCache
 from anatomaly.inference import Detector
 from anatomaly.methods import D24FAD, build_method
 from anatomaly.training import StudentTraining, Validation, fit
@@ -200,8 +201,10 @@ def test_a_folder_is_not_shared_by_two_data_sets(finished, scans):
 
 def test_the_feature_cache_changes_no_loss(scans, tmp_path, monkeypatch, one_teacher):
     fit(scans, tmp_path / "cached", settings(epochs=1))
-    monkeypatch.setattr(training, "FeatureCache", lambda *_: pytest.fail("cached in spite of cache_gib=0"))
+    caches = []
+    monkeypatch.setattr(training, "FeatureCache", lambda **options: caches.append(FeatureCache(**options)) or caches[0])
     fit(scans, tmp_path / "anew", settings(epochs=1, cache_gib=0.0))
+    assert (caches[0].hits, caches[0].memory_used) == (0, 0), "cached in spite of cache_gib=0"
     torch.testing.assert_close(losses(tmp_path / "cached"), losses(tmp_path / "anew"), rtol=1e-5, atol=1e-5)
 
 

@@ -1,8 +1,8 @@
 """Models and support banks on disk: safetensors for numbers, JSON for facts, never pickle.
 
 A bundle is a folder: ``config.json`` (method, teacher identity and hash, preprocessing, scoring, training facts,
-versions), ``weights.safetensors`` (the trainable part) and, when the teacher came from a user's own file,
-``teacher.safetensors``.  A bank is one safetensors file whose metadata holds its facts.
+versions), ``weights.safetensors`` (the trainable part) and, when a teacher came from a user's own file,
+``teacher.safetensors`` or ``global_teacher.safetensors``.  A bank is one safetensors file with its facts as metadata.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anatomaly import __version__
+from anatomaly.backbones import build_backbone
 from anatomaly.backbones.weights import load_strict, state_digest
 from anatomaly.errors import NotReadyError, WeightsError
 from anatomaly.results import write_whole
@@ -25,22 +26,23 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from anatomaly.methods import D24FAD, PatchNearestNeighbours
+    from anatomaly.backbones.teacher import Teacher
+    from anatomaly.methods import AnyMethod
 
 FORMAT = 1
-CONFIG, WEIGHTS, TEACHER = "config.json", "weights.safetensors", "teacher.safetensors"
+CONFIG, WEIGHTS = "config.json", "weights.safetensors"
+#: What the facts call a method's teachers, in the method's own order.
+TEACHERS = ("teacher", "global_teacher")
 
 
-def save_bundle(
-    folder: Path, method: D24FAD | PatchNearestNeighbours, config: Mapping[str, Any], *, with_teacher: bool
-) -> None:
+def save_bundle(folder: Path, method: AnyMethod, config: Mapping[str, Any]) -> None:
     """Write a bundle; every file appears whole or not at all.
 
     Args:
         folder: Created if needed; files of an older bundle are replaced.
         method: Its trainable weights are stored.
-        config: JSON-able facts; format, versions and the weights' digest are added here.
-        with_teacher: Store the teacher's weights too.
+        config: JSON-able facts; format, versions and the weights' digest are added here.  Teachers whose weights came
+            from a "file" are stored too.
 
     Raises:
         OutputError: The folder cannot be written.
@@ -54,11 +56,18 @@ def save_bundle(
         "note": "Research only, not for clinical use.",
     }
     write_tensors(folder / WEIGHTS, state)
-    if with_teacher:
-        write_tensors(folder / TEACHER, method.teacher.body.state_dict())
-    else:
-        (folder / TEACHER).unlink(missing_ok=True)  # of an older bundle; `Detector.load` would take it
+    teachers = dict(zip(TEACHERS, method.teachers.values(), strict=False))
+    for role in TEACHERS:
+        if role in teachers and config[role]["weights"] == "file":
+            write_tensors(teacher_file(folder, role), teachers[role].body.state_dict())
+        else:
+            teacher_file(folder, role).unlink(missing_ok=True)  # of an older bundle; `Detector.load` would take it
     write_whole(folder / CONFIG, (json.dumps(facts, indent=2) + "\n").encode())
+
+
+def teacher_file(folder: Path, role: str) -> Path:
+    """Where a bundle keeps the weights of a teacher that came from a user's own file."""
+    return folder / f"{role}.safetensors"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -86,13 +95,43 @@ def _with_records(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The facts with their records rebuilt; a KeyError, TypeError or ValueError where a part is missing or damaged."""
     return {
         **facts,
-        "method": {key: facts["method"][key] for key in ("name", "distance", "softmax_scale", "tsd_weight")},
-        "teacher": {key: facts["teacher"][key] for key in ("name", "weights", "normalise", "hash")},
+        "method": {
+            **{key: facts["method"][key] for key in ("name", "distance", "softmax_scale", "tsd_weight")},
+            "pdd": dict(facts["method"].get("pdd", {})),  # bundles older than PDD have none
+        },
+        **{
+            role: {key: facts[role][key] for key in ("name", "weights", "normalise", "hash")}
+            for role in TEACHERS
+            if role in facts or role == "teacher"
+        },
         "preprocessing": _preprocessing(facts["preprocessing"]),
         "task_intensity": {task: Intensity(**rule) for task, rule in dict(facts["task_intensity"]).items()},
         "scoring": Scoring(**facts["scoring"]),
         "weights_hash": str(facts["weights_hash"]),
     }
+
+
+def load_teacher(folder: Path, role: str, facts: Mapping[str, Any], weights: str | None) -> Teacher:
+    """Build a bundle's teacher and make sure that it is the one the student was trained with.
+
+    Args:
+        folder: The bundle.
+        role: One of `TEACHERS`.
+        facts: What `read_config` says under that name.
+        weights: File to take the weights from instead of where the bundle says.
+
+    Raises:
+        WeightsError: The weights cannot be had, or are others.
+    """
+    own = teacher_file(folder, role)
+    stored = str(own) if own.is_file() else facts["weights"]
+    teacher = build_backbone(facts["name"], weights=weights or stored, normalise=facts["normalise"])
+    if teacher.weights_hash != facts["hash"]:
+        raise WeightsError(
+            f"{folder}: trained with {facts['name']} weights {facts['hash'][:12]}..., found "
+            f"{teacher.weights_hash[:12]}... Pass the same weights with --{role}.weights FILE."
+        )
+    return teacher
 
 
 def load_weights(folder: Path, method: torch.nn.Module, *, expected: str) -> None:

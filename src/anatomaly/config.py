@@ -18,7 +18,8 @@ class TeacherConfig:
     """The frozen backbone.
 
     Attributes:
-        name: efficientnet_lite0 (offline), wide_resnet50_2 (D24FAD's), or timm/<model> for any other timm model.
+        name: efficientnet_lite0 or efficientnet_lite2 (offline), wide_resnet50_2 (both papers'), vmamba_tiny_merged
+            (PDD's global one), or timm/<model> for any other timm model.
         weights: auto (file, package, cache or download), random (untrained), or a .pth/.safetensors file.
         normalise: Scale the input by the teacher's own mean and std; D24FAD's release does not.
     """
@@ -35,20 +36,69 @@ class TeacherConfig:
 
 
 @dataclass(frozen=True)
+class PDDConfig:
+    """PDD's parts, weights and thresholds; the defaults are the paper's.
+
+    Attributes:
+        shared_students: Both students are one network (release); False gives each its own weights (paper).
+        cosine_sign: paper pulls the prior-injected student towards the target, release pushes it away.
+        detach_targets: Keep the losses' gradients out of the adapters that make the targets.
+        mpa: Inject the manifold priors.
+        two_students: False leaves one student and no diversity loss.
+        reconstruction_weight: Of the mean squared errors between students and targets.
+        cosine_weight: Of the cosine between the prior-injected student and the targets.
+        diversity_weight: Of the relation between the students.
+        relation: diverse (the paper's hinge loss) or alike (its counter-test).
+        tau_low: Cosine above which the students' shallow levels are pushed apart.
+        tau_high: Cosine below which their other levels are pulled together.
+        low_levels: Number of shallow levels.
+    """
+
+    shared_students: bool = False
+    cosine_sign: Literal["paper", "release"] = "paper"
+    detach_targets: bool = False
+    mpa: bool = True
+    two_students: bool = True
+    reconstruction_weight: float = 0.02
+    cosine_weight: float = 0.05
+    diversity_weight: float = 0.5
+    relation: Literal["diverse", "alike"] = "diverse"
+    tau_low: float = 0.75
+    tau_high: float = 0.30
+    low_levels: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range with a ConfigError."""
+        _check_words(self, "method.pdd")
+        for name in ("shared_students", "detach_targets", "mpa", "two_students"):
+            value = getattr(self, name)
+            _check(f"method.pdd.{name}", value, isinstance(value, bool), "true or false")
+        for name in ("reconstruction_weight", "cosine_weight", "diversity_weight"):
+            value = getattr(self, name)
+            _check(f"method.pdd.{name}", value, 0 <= value < math.inf, "at least 0")
+        for name in ("tau_low", "tau_high"):
+            value = getattr(self, name)
+            _check(f"method.pdd.{name}", value, -1 <= value <= 1, "a cosine from -1 to 1")
+        _check("method.pdd.low_levels", self.low_levels, self.low_levels in (0, 1, 2, 3), "0 to 3")
+
+
+@dataclass(frozen=True)
 class MethodConfig:
     """The method and the choices its paper and release make differently.
 
     Attributes:
-        name: d24fad, or nearest (patch nearest neighbours of the teacher; nothing is trained).
+        name: d24fad (few-shot), pdd (one-class), or nearest (patch nearest neighbours; nothing is trained).
         distance: Of the losses: flattened (release) or positionwise (paper).
         softmax_scale: Of learn-to-weight: channels (release) or elements.
         tsd_weight: Weight of the teacher-student loss; the paper's lambda.
+        pdd: Of PDD; the three before are D24FAD's.
     """
 
-    name: Literal["d24fad", "nearest"] = "d24fad"
+    name: Literal["d24fad", "pdd", "nearest"] = "d24fad"
     distance: Literal["flattened", "positionwise"] = "flattened"
     softmax_scale: Literal["channels", "elements"] = "channels"
     tsd_weight: float = 0.1
+    pdd: PDDConfig = field(default_factory=PDDConfig)
 
     def __post_init__(self) -> None:
         """Refuse values out of range with a ConfigError."""
@@ -61,17 +111,20 @@ class TrainingConfig:
     """How the student is trained.
 
     Attributes:
-        shots: K, supports per episode.
+        shots: K, supports per episode; one-class methods have none.
         epochs: Passes over the training images; 0 leaves the student untrained.
         batch_size: Episodes per step.
-        learning_rate: Of Adam.
+        learning_rate: Of Adam, at the start.
+        schedule: constant, or cosine: down to a tenth in `cosine_epochs` epochs, up again in as many, and so on.
+        cosine_epochs: Half a period of the cosine.
         resample: Draw new supports every epoch; False draws them once (release).
         validation: Share of each task's normals held out to choose the checkpoint, where there is no val split.
         validate_every: Epochs between validations.
         gradient_clip: Largest gradient norm; 0 switches clipping off.
         precision: fp32 or bf16.
         device: auto, cpu or cuda.
-        cache_gib: Memory for the teacher's features, computed once per image; 0 computes them at every step.
+        cache_gib: Memory for the teachers' features, computed once per image; 0 computes them at every step.
+        cache_disk_gib: Disk for those that memory cannot hold, kept for later runs; rounds all features to float16.
         seed: Of everything random.
     """
 
@@ -79,6 +132,8 @@ class TrainingConfig:
     epochs: int = 70
     batch_size: int = 16
     learning_rate: float = 1e-4
+    schedule: Literal["constant", "cosine"] = "constant"
+    cosine_epochs: int = 40
     resample: bool = True
     validation: float = 0.1
     validate_every: int = 5
@@ -86,18 +141,21 @@ class TrainingConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cache_gib: float = 4.0
+    cache_disk_gib: float = 0.0
     seed: int = 111
 
     def __post_init__(self) -> None:
         """Refuse values out of range with a ConfigError."""
         _check_words(self, "training")
-        for name, lowest in (("shots", 1), ("epochs", 0), ("batch_size", 1), ("validate_every", 1), ("seed", 0)):
+        counts = ("shots", "batch_size", "validate_every", "cosine_epochs")
+        for name, lowest in (*((count, 1) for count in counts), ("epochs", 0), ("seed", 0)):
             value = getattr(self, name)
             _check(f"training.{name}", value, lowest <= value < 2**31, f"{lowest} or more, and less than 2**31")
         _check("training.learning_rate", self.learning_rate, 0 < self.learning_rate < math.inf, "more than 0")
         _check("training.validation", self.validation, 0 < self.validation < 1, "a share between 0 and 1")
         _check("training.gradient_clip", self.gradient_clip, 0 <= self.gradient_clip < math.inf, "at least 0")
-        _check("training.cache_gib", self.cache_gib, self.cache_gib >= 0, "at least 0")
+        for name in ("cache_gib", "cache_disk_gib"):
+            _check(f"training.{name}", getattr(self, name), getattr(self, name) >= 0, "at least 0")
 
 
 @dataclass(frozen=True)
@@ -105,7 +163,8 @@ class FitConfig:
     """Everything `fit` depends on besides the images; stored with the run and compared when it resumes.
 
     Attributes:
-        teacher: The frozen backbone.
+        teacher: The frozen backbone; PDD's local one.
+        global_teacher: PDD's second frozen backbone; name none leaves plain reverse distillation.
         method: The method.
         preprocessing: From file to network input.
         task_intensity: Intensity rules of tasks that need another one than `preprocessing.intensity`.
@@ -114,6 +173,7 @@ class FitConfig:
     """
 
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    global_teacher: TeacherConfig = field(default_factory=lambda: TeacherConfig("efficientnet_lite2"))
     method: MethodConfig = field(default_factory=MethodConfig)
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     task_intensity: dict[str, Intensity] = field(default_factory=dict)
@@ -139,9 +199,15 @@ def check_stored(facts: Mapping[str, Any], where: str) -> None:
         NotReadyError: A value is out of range or of another type.
     """
     try:
+        teachers = {
+            role: TeacherConfig(**{key: facts[role][key] for key in ("name", "weights", "normalise")})
+            for role in ("teacher", "global_teacher")
+            if role in facts
+        }
         FitConfig(
-            teacher=TeacherConfig(**{key: facts["teacher"][key] for key in ("name", "weights", "normalise")}),
-            method=MethodConfig(**facts["method"]),
+            teacher=teachers["teacher"],
+            global_teacher=teachers.get("global_teacher", TeacherConfig("none")),
+            method=MethodConfig(**{**facts["method"], "pdd": PDDConfig(**facts["method"]["pdd"])}),
             preprocessing=facts["preprocessing"],
             task_intensity=facts["task_intensity"],
             scoring=facts["scoring"],

@@ -97,7 +97,8 @@ def evaluate(
         detector: The trained model; it must not have seen the task if the result is to be called few-shot.
         manifest: Rows of the task: split "train" (normal) to draw supports from, split "test" with both labels.
         task: The task.
-        shots: Values of K; a draw with fewer shots is the beginning of the draw with more.
+        shots: Values of K; a draw with fewer shots is the beginning of the draw with more.  A method without support
+            is judged once, whatever shots and draws are.
         draws: Support draws per K.
         seed: Of the draws.
         batch_size: Images per forward pass; changes no score.
@@ -116,7 +117,10 @@ def evaluate(
     _require_labels(tests, task)
     banks: list[SupportBank] = []
     supports: list[tuple[Sample, ...]] = []
-    for k in shots:
+    if not detector.method.needs_support:
+        shots, draws, supports = (0,), 1, [()]
+        banks = [detector.empty_bank(task)]
+    for k in shots if detector.method.needs_support else ():
         for drawn in draw_supports(manifest, task=task, shots=k, draws=draws, seed=seed):
             forbid_leak(drawn, tests)
             supports.append(drawn)
@@ -227,16 +231,18 @@ def table_of(results: Sequence[tuple[str, Evaluation]]) -> tuple[list[str], list
     summaries = [result.summary() for _, result in results]
     shown = [(title, key) for title, key in shown if any(key in summary for summary in summaries)]
     named = any(name for name, _ in results)
-    columns = ["task"] + ["method"] * named + ["K", "image AUROC", "95 % interval", *(title for title, _ in shown)]
+    shots = ["K"] if any(result.shots for _, result in results) else []
+    columns = ["task", *["method"] * named, *shots, "image AUROC", "95 % interval", *(title for title, _ in shown)]
     rows = []
     for (name, result), summary in zip(results, summaries, strict=True):
-        cells = [result.task] + [name] * named + [str(result.shots), _mean_sd(*summary["auroc"])]
+        cells = [result.task, *[name] * named, *[str(result.shots)] * len(shots), _mean_sd(*summary["auroc"])]
         cells.append(f"{result.interval.low:.3f} to {result.interval.high:.3f}")
         cells += [_mean_sd(*summary[key]) if key in summary else "" for _, key in shown]
         rows.append(cells)
     draws, scored = len(results[0][1].supports), len(results[0][1].samples)
+    over = f"Mean ± standard deviation over {draws} support draws, {scored} test images" if shots else "No support"
     note = (
-        f"Mean ± standard deviation over {draws} support draws, {scored} test images. The interval is a bootstrap of "
+        f"{over}. The interval is a bootstrap of "
         "the mean AUROC over test images (patients where known). F1max and Dice take the best threshold on the test "
         "labels; the floor is what calling everything anomalous gives."
     )

@@ -1,42 +1,441 @@
-"""Frozen features, computed once per image: with them an epoch costs the student only."""
+"""Frozen features, computed once per image and teacher and kept by content: in memory first, then on disk.
+
+An entry is one teacher's pyramid of one image.  Its name is a digest of everything that decides its values (file and
+frame, preprocessing, teacher, precision), so an entry is never stale and two methods with the same teacher share it.
+
+On disk an entry is ``<folder>/<2 hex digits>/<digest>.safetensors``, float16.  A file appears whole under its name or
+not at all, and the names depend on the content alone, so any number of processes may use one folder without locks; what
+a killed one leaves behind is swept later.  A file's modification time says when it was last used.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import secrets
+import time
+from collections import deque
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
+import numpy as np
 import torch
+from safetensors.torch import load as unpack
+from safetensors.torch import save as pack
+
+from anatomaly.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
-    from anatomaly.types import Features, Method
+    from anatomaly.types import Features, Preprocessing, Sample
+
+    #: One teacher's levels of one image, shallow to deep, each (h, w, C): the order in memory of teachers and students.
+    Entry = Sequence[Tensor]
+    #: Images (b, 3, H, W), on the teachers' device, of these positions of the asked images.
+    Load = Callable[[Sequence[int]], Tensor]
+
+logger = logging.getLogger(__name__)
+
+#: Part of every entry's name; raise it when reading, preprocessing or a teacher's code changes what features come out.
+FORMAT = 1
+_LARGEST = 65504.0  # of float16
+_ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors")
+_PART = re.compile(r"\.[0-9a-f]{64}\.[0-9a-f]{16}\.part")
+_PART_SECONDS = 3600  # no write takes longer: a part older than this is what a killed process left
+_RESCANS = 16  # look at the folder again after this share of its budget was written; other processes write too
+
+
+class Teacher(Protocol):
+    """What the store needs to know of a frozen backbone."""
+
+    @property
+    def name(self) -> str:
+        """Name in `BACKBONES`."""
+        ...
+
+    @property
+    def normalise(self) -> bool:
+        """Whether the teacher scales its input."""
+        ...
+
+    @property
+    def weights_hash(self) -> str:
+        """Digest of names and values of all weights."""
+        ...
+
+    def __call__(self, images: Tensor) -> Sequence[Tensor]:
+        """Pyramid of (b, 3, H, W) images, shallow to deep, each (b, C, h, w)."""
+        ...
+
+
+def image_key(sample: Sample, preprocessing: Preprocessing) -> str:
+    """Identity of an image as the teachers see it.
+
+    Args:
+        sample: With its digest; path, task, split and label do not count.
+        preprocessing: What turns the file into an input tensor, with the image's own intensity rule.
+
+    Returns:
+        Hex digest of the file's digest, the frame and the preprocessing.
+
+    Raises:
+        ValueError: The digest is missing, or the rule is "percentile", whose pixels depend on the other images.
+    """
+    if sample.sha256 is None:
+        raise ValueError(f"image_key: {sample.name} has no sha256. Call Manifest.with_hashes first.")
+    if preprocessing.intensity.rule == "percentile":
+        raise ValueError(f"image_key: {sample.name} has a percentile rule. Call transforms.resolve_intensity first.")
+    return _digest(sample.sha256, sample.frame, asdict(preprocessing))
 
 
 class FeatureCache:
-    """Features of N images in memory; call it with indices to get those of a batch.
+    """Features of images by content; what is not there yet is computed and kept as far as the budgets reach.
+
+    Nothing in memory is ever replaced, and on disk nothing that was used since this store was made: a run that goes
+    over more images than fit finds the same ones again in every epoch, instead of pushing each out before its next use.
 
     Args:
-        method: Its `extract` is called once per batch of images.
-        batches: Image batches (b, 3, H, W), in index order.
+        memory_bytes: Budget of the memory.
+        folder: Folder on disk, or None.  With a folder all values are rounded to float16 when they are computed, so
+            that results do not depend on where an entry came from; without one they are kept as computed.
+        disk_bytes: Budget of the folder, for all processes that use it together.
+        precision: "bf16" runs the teachers under autocast; the context of the caller does not count.
+        device: Where features are returned.
 
     Attributes:
-        levels: By teacher, (N, C, h, w) tensors from shallow to deep.
+        memory_hits: Entries found in memory so far; an entry counts once per call.
+        disk_hits: Entries read from disk.
+        misses: Entries computed.
+        memory_used: Bytes of the entries in memory.
+
+    Note: a GPU may compute other last bits for the same image in another batch.  Call `fill` first, in a fixed order.
     """
 
-    def __init__(self, method: Method, batches: Iterable[Tensor]) -> None:
-        parts = [method.extract(images) for images in batches]
-        self.levels: dict[str, list[Tensor]] = {
-            name: [torch.cat([part[name][level].cpu() for part in parts]) for level in range(len(first))]
-            for name, first in parts[0].items()
+    def __init__(
+        self,
+        *,
+        memory_bytes: float,
+        folder: Path | None = None,
+        disk_bytes: float = 0,
+        precision: Literal["fp32", "bf16"] = "fp32",
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.precision = precision
+        self.device = torch.device(device)
+        self.memory_hits = self.disk_hits = self.misses = self.memory_used = 0
+        self._memory: dict[str, Entry] = {}
+        self._memory_bytes = memory_bytes
+        self._disk = None if folder is None else _Disk(folder, disk_bytes)
+
+    @property
+    def hits(self) -> int:
+        """Entries found in memory or on disk so far."""
+        return self.memory_hits + self.disk_hits
+
+    @property
+    def disk_used(self) -> int:
+        """Bytes in the folder, this process's view of it; 0 without one."""
+        return 0 if self._disk is None else self._disk.used()
+
+    def get(
+        self, teachers: Mapping[str, Teacher], images: Sequence[str], load: Load, *, levels: slice = slice(None)
+    ) -> Features:
+        """Features of a batch; only what is missing is loaded and computed, in one call per teacher.
+
+        Args:
+            teachers: By their name in the method's features.
+            images: B keys from `image_key`, at least one; the same one may come again.
+            load: Called once with the positions in `images` of the missing ones, or not at all.
+            levels: Which levels to return; all are kept.
+
+        Returns:
+            By teacher, float32 (B, C, h, w) levels on the store's device, in channels-last memory.
+
+        Raises:
+            ConfigError: With a folder, a value that float16 does not hold.
+            ValueError: No images, another number of images loaded than asked for, or images of several sizes.
+        """
+        if not images:
+            raise ValueError("FeatureCache.get: got no images, expected at least one.")
+        entries, _ = self._entries(teachers, images, load)
+        return {
+            role: [self._batch(parts) for parts in zip(*(found[image][levels] for image in images), strict=True)]
+            for role, found in entries.items()
         }
 
-    def __call__(self, index: Tensor) -> Features:
-        """Features of the images with these indices; the index's shape comes first in every tensor."""
-        return {name: [level[index] for level in levels] for name, levels in self.levels.items()}
+    def fill(self, teachers: Mapping[str, Teacher], images: Sequence[str], load: Load, *, batch_size: int = 32) -> None:
+        """Compute what is missing, in order, as long as it can be kept; arguments and errors are those of `get`."""
+        if self._disk is None and self._memory_bytes <= 0:
+            return
+        for start in range(0, len(images), batch_size):
+
+            def load_part(positions: Sequence[int], start: int = start) -> Tensor:
+                return load([start + position for position in positions])
+
+            if not self._entries(teachers, images[start : start + batch_size], load_part)[1]:
+                return
+
+    def _entries(
+        self, teachers: Mapping[str, Teacher], images: Sequence[str], load: Load
+    ) -> tuple[dict[str, dict[str, Entry]], bool]:
+        """Entries by teacher and image, and whether all that had to be computed could be kept."""
+        positions = {image: i for i, image in reversed(list(enumerate(images)))}  # the first of equal ones
+        names = {role: self._names(teacher, positions) for role, teacher in teachers.items()}
+        entries = {role: self._stored(by_image) for role, by_image in names.items()}
+        missing = [i for image, i in positions.items() if any(image not in found for found in entries.values())]
+        if not missing:
+            return entries, True
+        missing.sort()
+        inputs = load(missing)
+        if len(inputs) != len(missing):
+            raise ValueError(f"FeatureCache: load returned {len(inputs)} images, expected {len(missing)}.")
+        kept = True
+        for role, found in entries.items():
+            mine = [i for i, position in enumerate(missing) if images[position] not in found]
+            computed = self._compute(teachers[role], inputs if len(mine) == len(inputs) else inputs[mine])
+            for i, entry in zip(mine, computed, strict=True):
+                image = images[missing[i]]
+                found[image] = entry
+                kept &= self._keep(names[role][image], entry)
+        return entries, kept
+
+    def _names(self, teacher: Teacher, images: Iterable[str]) -> dict[str, str]:
+        """The name of every image's entry."""
+        suffix = _digest(FORMAT, teacher.name, teacher.normalise, teacher.weights_hash, self.precision)
+        return {image: hashlib.sha256(f"{image}{suffix}".encode()).hexdigest() for image in images}
+
+    def _stored(self, names: Mapping[str, str]) -> dict[str, Entry]:
+        """Those entries that are in memory or on disk, by image."""
+        found = {image: self._find(name) for image, name in names.items()}
+        return {image: entry for image, entry in found.items() if entry is not None}
+
+    def _find(self, name: str) -> Entry | None:
+        entry = self._memory.get(name)
+        if entry is not None:
+            self.memory_hits += 1
+            return entry
+        entry = None if self._disk is None else self._disk.read(name)
+        if entry is not None:
+            self.disk_hits += 1
+            self._keep_in_memory(name, entry)
+        return entry
+
+    @torch.no_grad()
+    def _compute(self, teacher: Teacher, images: Tensor) -> list[Entry]:
+        """The images' entries on the teacher's device; views of the batch."""
+        if not len(images):
+            return []
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            pyramid = teacher(images)
+        if self._disk is not None:
+            pyramid = [_rounded(level, f"{teacher.name}: level {i}") for i, level in enumerate(pyramid, start=1)]
+        self.misses += len(images)
+        return list(zip(*(level.permute(0, 2, 3, 1).contiguous().unbind() for level in pyramid), strict=True))
+
+    def _keep(self, name: str, entry: Entry) -> bool:
+        in_memory = self._keep_in_memory(name, entry)
+        on_disk = self._disk is not None and self._disk.write(name, entry)
+        return in_memory or on_disk
+
+    def _keep_in_memory(self, name: str, entry: Entry) -> bool:
+        if name in self._memory:  # one teacher may have two roles
+            return True
+        size = sum(level.nbytes for level in entry)
+        if self.memory_used + size > self._memory_bytes:
+            return False
+        # A copy: the entry may be a view that would keep its whole batch alive.
+        self._memory[name] = [torch.empty_like(level, device="cpu").copy_(level) for level in entry]
+        self.memory_used += size
+        return True
+
+    def _batch(self, parts: Sequence[Tensor]) -> Tensor:
+        """Stack one level of B images, (h, w, C) of any dtype each, into float32 (B, C, h, w)."""
+        shapes = {tuple(part.shape) for part in parts}
+        if len(shapes) > 1:
+            raise ValueError(f"FeatureCache.get: levels of shapes {sorted(shapes)} in one batch, expected one shape.")
+        batch = torch.empty((len(parts), *parts[0].shape), device=self.device)  # (B, h, w, C)
+        for image, part in zip(batch, parts, strict=True):
+            image.copy_(part.to(self.device, non_blocking=True))  # stored bytes travel, and become float32 over there
+        return batch.permute(0, 3, 1, 2)
 
 
-def bytes_per_image(features: Features) -> int:
-    """Memory one image's features take, in bytes, measured on a batch."""
-    return sum(level[0].numel() * level.element_size() for levels in features.values() for level in levels)
+class _Aged(NamedTuple):
+    """A file of the folder: when it was last used, in ns, and its size."""
+
+    used: int
+    size: int
+    path: Path
+
+
+class _Disk:
+    """A bounded folder of entries, shared with other processes; see the module's docstring for the format.
+
+    Only files that are older than this object are ever evicted, the least recently used one first.
+    """
+
+    def __init__(self, folder: Path, budget: float) -> None:
+        self._folder = folder
+        self._budget = budget
+        self._started = int(time.time()) * 10**9  # whole seconds: some file systems keep no more
+        self._writes = True
+        self._used: int | None = None  # unknown before the first scan
+        self._since_scan = 0
+        self._old: deque[_Aged] = deque()
+
+    def used(self) -> int:
+        """Bytes in the folder at the last scan, and what was written since."""
+        return self._scan() if self._used is None else self._used
+
+    def read(self, name: str) -> Entry | None:
+        """The entry, or None; a damaged file is removed."""
+        path = self._path(name)
+        try:
+            content = path.read_bytes()  # not mapped: a mapped file that breaks off kills the process
+        except OSError:
+            return None
+        try:
+            entry = _unpacked(content)
+        except Exception as err:  # whatever the bytes of a damaged file lead to
+            reason = (str(err).splitlines() or [type(err).__name__])[0][:120]
+            logger.warning("%s: damaged (%s), its features are computed anew.", path, reason)
+            with contextlib.suppress(OSError):
+                path.unlink()
+            return None
+        with contextlib.suppress(OSError):  # a folder that can only be read is of use too
+            self._touch(path)
+        return entry
+
+    def write(self, name: str, entry: Entry) -> bool:
+        """Store an entry; False where it does not fit or the folder cannot be written, which is said once."""
+        if not self._writes:
+            return False
+        path = self._path(name)
+        part = path.with_name(f".{name}.{secrets.token_hex(8)}.part")
+        try:
+            content = _packed(entry)
+            if not self._make_room(len(content)):
+                return False
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(content)
+            self._touch(part)
+            part.replace(path)
+        except OSError as err:
+            self._writes = False
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+            reason = (err.strerror or type(err).__name__).lower()
+            logger.warning("%s: features are no longer stored on disk: %s. The run goes on.", self._folder, reason)
+            return False
+        self._used = self.used() + len(content)
+        self._since_scan += len(content)
+        return True
+
+    def _path(self, name: str) -> Path:
+        return self._folder / name[:2] / f"{name}.safetensors"
+
+    def _touch(self, path: Path) -> None:
+        """Mark a file as used, by this process's clock: a file server's may differ and the system's may be set back."""
+        now = max(time.time_ns(), self._started)
+        os.utime(path, ns=(now, now))
+
+    def _make_room(self, size: int) -> bool:
+        """Evict old entries until `size` more bytes fit; False where they do not."""
+        if self._used is None or self._since_scan * _RESCANS > self._budget:
+            self._scan()
+        if size > self._budget:
+            return False
+        while self.used() + size > self._budget:
+            if not self._old:
+                return False
+            oldest = self._old.popleft()
+            try:
+                if oldest.path.stat().st_mtime_ns >= self._started:
+                    continue  # used again since the scan
+                oldest.path.unlink()
+            except FileNotFoundError:  # another process was faster
+                pass
+            self._used = self.used() - oldest.size
+        return True
+
+    def _scan(self) -> int:
+        """Add up the folder, sweep what killed processes left, and list what may be evicted."""
+        files: list[_Aged] = []
+        for file in self._files():
+            if _PART.fullmatch(file.path.name) and file.used < self._started - _PART_SECONDS * 10**9:
+                with contextlib.suppress(OSError):
+                    file.path.unlink()
+                    continue
+            files.append(file)
+        entries = (file for file in files if _ENTRY.fullmatch(file.path.name))
+        self._old = deque(sorted(file for file in entries if file.used < self._started))
+        self._since_scan = 0
+        self._used = sum(file.size for file in files)
+        return self._used
+
+    def _files(self) -> Iterator[_Aged]:
+        """The store's own files; everything else in the folder is left alone and not counted."""
+        try:
+            folders = [each.path for each in os.scandir(self._folder) if re.fullmatch("[0-9a-f]{2}", each.name)]
+        except OSError:  # not there yet, or not readable: the write that follows says so
+            return
+        for folder in folders:
+            with contextlib.suppress(OSError), os.scandir(folder) as files:
+                for file in files:
+                    if not (_ENTRY.fullmatch(file.name) or _PART.fullmatch(file.name)):
+                        continue
+                    with contextlib.suppress(FileNotFoundError):  # gone since it was listed
+                        facts = file.stat(follow_symlinks=False)
+                        yield _Aged(facts.st_mtime_ns, facts.st_size, Path(file.path))
+
+
+def _digest(*facts: object) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _rounded(level: Tensor, where: str) -> Tensor:
+    """A level in float16."""
+    low, high = (float(value) for value in torch.aminmax(level))  # NaN where there is one
+    if not (low >= -_LARGEST and high <= _LARGEST):
+        raise ConfigError(
+            f"{where} has values in [{low:g}, {high:g}], expected numbers within {_LARGEST:g}, the range of float16 in "
+            "which features are stored on disk. Switch the disk cache off."
+        )
+    return level.half()
+
+
+def _packed(entry: Entry) -> bytes:
+    levels = [level.cpu() for level in entry]
+    tensors = {f"level_{i}": level for i, level in enumerate(levels)}
+    return pack({**tensors, "checksum": torch.tensor(_checksum(levels))})
+
+
+def _unpacked(content: bytes) -> Entry:
+    """The levels of a file.
+
+    Raises:
+        Exception: Of any kind; the content is not what `_packed` made.
+    """
+    tensors = unpack(content)
+    checksum = int(tensors.pop("checksum"))
+    levels = [tensors[f"level_{i}"] for i in range(len(tensors))]
+    if _checksum(levels) != checksum:
+        raise ValueError("its checksum differs")
+    return levels
+
+
+def _checksum(levels: Iterable[Tensor]) -> int:
+    """Sum of all bytes as 64-bit numbers: ten times as fast as CRC-32, and enough for lost blocks and flipped bits."""
+    total = 0
+    for level in levels:
+        values = level.numpy().reshape(-1)
+        whole = len(values) - len(values) % 4
+        total += int(values[:whole].view(np.uint64).sum()) + int(values[whole:].view(np.uint16).sum())
+    return total % (2**61 - 1)  # a prime, so that no flipped bit cancels out

@@ -15,25 +15,24 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from anatomaly.backbones import build_backbone
-from anatomaly.backbones.weights import read_state, state_digest
+from anatomaly.backbones.weights import state_digest
 from anatomaly.bundle import (
     CONFIG,
-    TEACHER,
+    TEACHERS,
     load_bank,
+    load_teacher,
     load_weights,
     read_config,
     save_bank,
     save_bundle,
 )
-from anatomaly.config import MethodConfig, check_preprocessing, check_scoring, check_stored
+from anatomaly.config import check_preprocessing, check_scoring, check_stored
 from anatomaly.data.layouts import samples_of
 from anatomaly.data.loading import load_batches
 from anatomaly.data.readers import read_image
 from anatomaly.data.transforms import load, resolve_intensity, restore_map
-from anatomaly.errors import ConfigError, NotReadyError, WeightsError
-from anatomaly.methods import D24FAD, build_method
-from anatomaly.methods.d24fad import import_d24fad
+from anatomaly.errors import ConfigError, NotReadyError
+from anatomaly.methods import build_method
 from anatomaly.results import scale_from_normals
 from anatomaly.scoring import anomaly_map, blur, image_score
 from anatomaly.types import Intensity, Prediction, Preprocessing, Scoring, SupportBank
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from anatomaly.data.transforms import Prepared
-    from anatomaly.methods import PatchNearestNeighbours
+    from anatomaly.methods import AnyMethod
     from anatomaly.types import Comparison, Method, Sample
 
 Precision = Literal["fp32", "bf16"]
@@ -144,7 +143,7 @@ class Detector:
 
     def __init__(
         self,
-        method: D24FAD | PatchNearestNeighbours,
+        method: AnyMethod,
         *,
         preprocessing: Preprocessing,
         scoring: Scoring,
@@ -157,7 +156,8 @@ class Detector:
         check_scoring(scoring)
         self.device = torch.device(choose_device(device))
         self.method = method.to(self.device).eval()
-        self.method.teacher.to(self.device)
+        for teacher in self.method.teachers.values():
+            teacher.to(self.device)
         self.preprocessing = preprocessing
         self.task_intensity = dict(task_intensity or {})
         self.scoring = scoring
@@ -174,6 +174,7 @@ class Detector:
         device: str = "auto",
         precision: Precision = "fp32",
         teacher_weights: str | None = None,
+        global_teacher_weights: str | None = None,
     ) -> Detector:
         """Load a bundle made by `fit` or `anatomaly import`.
 
@@ -182,6 +183,7 @@ class Detector:
             device: "auto", "cpu" or "cuda".
             precision: "fp32" or "bf16".
             teacher_weights: File to take the teacher's weights from instead of where the bundle says.
+            global_teacher_weights: Likewise for the second teacher of PDD.
 
         Raises:
             NotReadyError: The folder is not a bundle, or its settings are out of range.
@@ -190,40 +192,36 @@ class Detector:
         folder = Path(bundle)
         config = read_config(folder)
         check_stored(config, str(folder / CONFIG))
-        teacher = config["teacher"]
-        stored = str(folder / TEACHER) if (folder / TEACHER).is_file() else teacher["weights"]
-        backbone = build_backbone(teacher["name"], weights=teacher_weights or stored, normalise=teacher["normalise"])
-        if backbone.weights_hash != teacher["hash"]:
-            raise WeightsError(
-                f"{folder}: trained with {teacher['name']} weights {teacher['hash'][:12]}..., found "
-                f"{backbone.weights_hash[:12]}... Pass the same weights with --teacher.weights FILE."
-            )
-        method = build_method(teacher=backbone, **config["method"])
+        teachers = [
+            load_teacher(folder, role, config[role], weights)
+            for role, weights in zip(TEACHERS, (teacher_weights, global_teacher_weights), strict=True)
+            if role in config
+        ]
+        method = build_method(teachers=teachers, **config["method"])
         load_weights(folder, method, expected=config["weights_hash"])
         return cls(
             method,
             preprocessing=config["preprocessing"],
             scoring=config["scoring"],
-            facts={key: config[key] for key in ("method", "teacher", "training") if key in config},
+            facts={key: config[key] for key in ("method", *TEACHERS, "training", "map_ranges") if key in config},
             task_intensity=config["task_intensity"],
             device=device,
             precision=precision,
         )
 
     def save(self, bundle: str | Path) -> None:
-        """Write a bundle; the teacher's weights go in only if they came from a user's own file.
+        """Write a bundle; a teacher's weights go in only if they came from a user's own file.
 
         Raises:
             OutputError: The folder cannot be written.
         """
-        own_file = self.facts["teacher"]["weights"] == "file"
         facts = {
             **self.facts,
             "preprocessing": asdict(self.preprocessing),
             "task_intensity": {task: asdict(rule) for task, rule in self.task_intensity.items()},
             "scoring": asdict(self.scoring),
         }
-        save_bundle(Path(bundle), self.method, facts, with_teacher=own_file)
+        save_bundle(Path(bundle), self.method, facts)
 
     def set_support(
         self, images: Iterable[str | Path | Sample], *, task: str = "task", intensity: Intensity | None = None
@@ -241,7 +239,7 @@ class Detector:
 
         Raises:
             ReadError: A support image cannot be read.
-            ConfigError: There is no image, or the same image twice.
+            ConfigError: There is no image, the same image twice, or the method has no support.
         """
         self.bank = self.make_bank(images, task=task, intensity=intensity)
         return self
@@ -250,6 +248,11 @@ class Detector:
         self, images: Iterable[str | Path | Sample], *, task: str = "task", intensity: Intensity | None = None
     ) -> SupportBank:
         """Like `set_support`, but only return the bank."""
+        if not self.method.needs_support:
+            raise ConfigError(
+                f"support: {self.facts['method']['name']} learned what is normal in training and compares with no "
+                "support images. Leave out --support and --bank."
+            )
         samples = [sample for item in _items(images) for sample in samples_of(item, task=task)]
         if not samples:
             raise ConfigError("support: got no images, expected at least 1 normal image. Check the support folder.")
@@ -286,6 +289,30 @@ class Detector:
             preprocessing=preprocessing,
             model_hash=self.model_hash,
             map_range=map_range,
+        )
+
+    def set_task(self, task: str, *, intensity: Intensity | None = None) -> Detector:
+        """What `set_support` is for a method without support: from here the task's rule and colour scale hold."""
+        self.bank = self.empty_bank(task, intensity=intensity)
+        return self
+
+    def empty_bank(self, task: str, *, intensity: Intensity | None = None) -> SupportBank:
+        """Like `set_task`, but only return the bank; a `ConfigError` where the method needs support images."""
+        if self.method.needs_support:
+            raise ConfigError(
+                f"support: {self.facts['method']['name']} needs normal images of the task to compare with. "
+                "Give --support or --bank, or call set_support(images)."
+            )
+        rule = intensity or self.task_intensity.get(task, self.preprocessing.intensity)
+        low, high = self.facts.get("map_ranges", {}).get(task, (0.0, 2.0))
+        return SupportBank(
+            tensors={},
+            task=task,
+            names=(),
+            sha256=(),
+            preprocessing=replace(self.preprocessing, intensity=rule),
+            model_hash=self.model_hash,
+            map_range=(float(low), float(high)),
         )
 
     def save_support(self, file: str | Path) -> None:
@@ -383,36 +410,16 @@ class Detector:
         ]
 
     def ready(self) -> SupportBank:
-        """The current bank.
+        """The current bank; a method without support starts with an empty one.
 
         Raises:
             NotReadyError: There is none yet.
         """
+        if self.bank is None and not self.method.needs_support:
+            self.set_task("task")
         if self.bank is None:
             raise NotReadyError("Detector: no support yet. Call set_support(images) or load_support(file) first.")
         return self.bank
-
-
-def import_checkpoint(file: str | Path, *, teacher_weights: str = "auto", device: str = "auto") -> Detector:
-    """Turn an official D24FAD checkpoint into a detector with the release's settings.
-
-    Args:
-        file: ``{"decoder": state dict, "weight": state dict}`` as the release saves it.
-        teacher_weights: Of WideResNet-50-2: "auto", "random" or a file.
-        device: Where to compute.
-
-    Raises:
-        WeightsError: The file or the teacher's weights cannot be used.
-    """
-    file = Path(file)
-    if not file.is_file():
-        raise WeightsError(f"{file}: no such file. Pass a checkpoint of the D24FAD release.")
-    checkpoint = read_state(file)  # before the teacher, which may have to be downloaded
-    teacher = build_backbone("wide_resnet50_2", weights=teacher_weights, normalise=False)
-    method = D24FAD(teacher)
-    import_d24fad(checkpoint, method, where=str(file))
-    facts = {"method": asdict(MethodConfig()), "teacher": teacher.facts()}
-    return Detector(method, preprocessing=Preprocessing(), scoring=Scoring(), facts=facts, device=device)
 
 
 def _items(items: Iterable[str | Path | Sample]) -> Iterable[str | Path | Sample]:
@@ -433,7 +440,9 @@ def choose_device(device: str) -> str:
     return device
 
 
-def _model_hash(method: D24FAD | PatchNearestNeighbours, facts: Mapping[str, Any]) -> str:
+def _model_hash(method: AnyMethod, facts: Mapping[str, Any]) -> str:
     """Digest of everything a bank's tensors depend on besides its images: weights, teacher scaling, choices."""
-    choices = repr((facts["method"], method.teacher.name, method.teacher.normalise, method.teacher.weights_hash))
+    own = {key: value for key, value in facts["method"].items() if key != "pdd" or facts["method"]["name"] == "pdd"}
+    teachers = ((teacher.name, teacher.normalise, teacher.weights_hash) for teacher in method.teachers.values())
+    choices = repr((own, *(fact for teacher in teachers for fact in teacher)))
     return hashlib.sha256((choices + state_digest(method.state_dict())).encode()).hexdigest()

@@ -73,7 +73,7 @@ def predict_to_folder(
         on_progress: Called with every prediction.
 
     Raises:
-        NotReadyError: The detector has no support.
+        NotReadyError: The detector has no support, and its method needs one.
         OutputError: Something cannot be written; the rows so far are complete.
     """
     bank = detector.ready()
@@ -113,11 +113,11 @@ def predict_to_folder(
 
 def _about(detector: Detector, task: str) -> dict[str, str]:
     """The facts of the model that a reader of the report may need."""
-    teacher, preprocessing = detector.method.teacher, detector.preprocessing
+    preprocessing = detector.preprocessing
     training = detector.facts.get("training", {})
     about = {
         "Method": detector.facts["method"]["name"],
-        "Teacher": f"{teacher.name} ({teacher.weights_hash[:12]})",
+        "Teacher": ", ".join(f"{t.name} ({t.weights_hash[:12]})" for t in detector.method.teachers.values()),
         "Model": detector.model_hash[:12],
         "Task": task,
         "Input": f"{preprocessing.size[0]} x {preprocessing.size[1]} pixels, {preprocessing.resize}",

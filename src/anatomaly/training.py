@@ -21,29 +21,31 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch.utils.data import DataLoader
 
 from anatomaly.backbones import build_backbone
-from anatomaly.bundle import CONFIG, read_tensors, write_tensors
+from anatomaly.backbones.weights import cache_dir
+from anatomaly.bundle import CONFIG, TEACHERS, read_tensors, write_tensors
 from anatomaly.data.episodes import Batch, Episodes, EpisodeSampler, as_is
 from anatomaly.data.lesions import paste_lesion
 from anatomaly.data.loading import load_batches
 from anatomaly.data.readers import read_image
 from anatomaly.data.transforms import resolve_intensity
 from anatomaly.errors import ConfigError, ReadError
-from anatomaly.feature_cache import FeatureCache, bytes_per_image
+from anatomaly.feature_cache import FeatureCache, image_key
 from anatomaly.inference import Detector, choose_device, compare_tensor
-from anatomaly.methods import build_method
-from anatomaly.methods.d24fad import D24FAD
+from anatomaly.methods import PatchNearestNeighbours, build_method
 from anatomaly.metrics import image_metrics
 from anatomaly.protocols import draw_supports, split_normals
-from anatomaly.results import output_error, write_whole
+from anatomaly.results import output_error, scale_from_normals, write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from lightning.pytorch.utilities.types import OptimizerLRScheduler
     from torch import Tensor
 
-    from anatomaly.config import FitConfig
+    from anatomaly.backbones.teacher import Teacher
+    from anatomaly.config import FitConfig, TrainingConfig
     from anatomaly.data.manifest import Manifest
-    from anatomaly.methods import PatchNearestNeighbours
+    from anatomaly.methods import AnyMethod, Trainable
     from anatomaly.types import Features, Intensity, Preprocessing, Sample
 
 logger = logging.getLogger(__name__)
@@ -75,25 +77,19 @@ def fit(manifest: Manifest, out: str | Path, config: FitConfig) -> Detector:
     """
     out = Path(out)
     device, precision = choose_device(config.training.device), config.training.precision
-    manifest = replace(manifest, samples=tuple(row for row in manifest if row.split != "test"))
+    manifest = replace(manifest, samples=tuple(row for row in manifest if row.split != "test")).with_hashes()
     train, held_out = split_normals(manifest, validation=config.training.validation, seed=config.training.seed)
-    teacher = build_backbone(config.teacher.name, weights=config.teacher.weights, normalise=config.teacher.normalise)
-    stride = teacher.strides[-1]
-    if any(side % stride for side in config.preprocessing.size):
-        raise ConfigError(
-            f"preprocessing: size {config.preprocessing.size} does not fit teacher {teacher.name}, expected multiples "
-            f"of {stride}. Change --preprocessing.size."
-        )
-    method = build_method(teacher=teacher, seed=config.training.seed, **asdict(config.method))
+    method = build_method(teachers=_teachers(config), seed=config.training.seed, **asdict(config.method))
     if _finished(out, config, manifest):
         logger.info("%s: this run is finished already, nothing to train.", out)
         return Detector.load(out, device=device, precision=precision)
     rules = _resolve(config, train)
     facts = _facts(method, config, manifest, train)
-    if isinstance(method, D24FAD) and config.training.epochs > 0:
+    prepare = Preparation(config.preprocessing, rules, device)
+    if not isinstance(method, PatchNearestNeighbours) and config.training.epochs > 0:
         method.to(device)
-        teacher.to(device)
-        prepare = Preparation(config.preprocessing, rules, device)
+        for teacher in method.teachers.values():
+            teacher.to(device)
         facts["training"] |= _train(method, train, held_out, prepare, out / "training", config)
     detector = Detector(
         method,
@@ -104,8 +100,48 @@ def fit(manifest: Manifest, out: str | Path, config: FitConfig) -> Detector:
         device=device,
         precision=precision,
     )
+    if not method.needs_support:  # there is no support to take the colour scale from
+        detector.facts["map_ranges"] = _map_ranges(detector, held_out, prepare)
     detector.save(out)
     return detector
+
+
+def _teachers(config: FitConfig) -> list[Teacher]:
+    """The frozen backbones a method needs.
+
+    Raises:
+        ConfigError: The input size does not fit one of them.
+        WeightsError: Their weights cannot be had.
+    """
+    wanted = {"teacher": config.teacher}
+    if config.method.name == "pdd" and config.global_teacher.name != "none":
+        wanted["global_teacher"] = config.global_teacher
+    teachers = []
+    for role, facts in wanted.items():
+        teacher = build_backbone(facts.name, weights=facts.weights, normalise=facts.normalise)
+        stride = teacher.strides[-1]
+        if any(side % stride for side in config.preprocessing.size):
+            raise ConfigError(
+                f"preprocessing: size {config.preprocessing.size} does not fit {role} {teacher.name}, expected "
+                f"multiples of {stride}. Change --preprocessing.size."
+            )
+        teachers.append(teacher)
+    return teachers
+
+
+def _map_ranges(detector: Detector, held_out: Manifest, prepare: Preparation) -> dict[str, tuple[float, float]]:
+    """Per task, the fixed colour scale of maps, from normal images that were not trained on."""
+    ranges = {}
+    for task in held_out.tasks:
+        bank = detector.empty_bank(task)
+        rows = held_out.select(task=task).samples[:_VALIDATION_IMAGES]
+        maps = [
+            one
+            for images in prepare.inputs(rows)
+            for one in detector.compare(detector.encode(list(images.cpu().numpy())), bank).maps.cpu().numpy()
+        ]
+        ranges[task] = scale_from_normals(maps)
+    return ranges
 
 
 class Preparation(NamedTuple):
@@ -114,6 +150,10 @@ class Preparation(NamedTuple):
     preprocessing: Preprocessing
     rules: Mapping[str, Intensity]
     device: str
+
+    def of(self, task: str) -> Preprocessing:
+        """The preprocessing with the task's own intensity rule."""
+        return replace(self.preprocessing, intensity=self.rules.get(task, self.preprocessing.intensity))
 
     def inputs(self, samples: Sequence[Sample]) -> Iterator[Tensor]:
         """Batches (b, 3, H, W) of the rows in order; neighbouring rows of one task are read together.
@@ -125,9 +165,7 @@ class Preparation(NamedTuple):
         while start < len(samples):
             task = samples[start].task
             stop = next((i for i in range(start, len(samples)) if samples[i].task != task), len(samples))
-            rule = self.rules.get(task, self.preprocessing.intensity)
-            preprocessing = replace(self.preprocessing, intensity=rule)
-            for batch in load_batches(samples[start:stop], preprocessing, batch_size=_READ_BATCH):
+            for batch in load_batches(samples[start:stop], self.of(task), batch_size=_READ_BATCH):
                 broken = [item.error for item in batch if item.prepared is None]
                 if broken:
                     raise ReadError(f"training: {broken[0]} Remove the file or correct it; see `anatomaly data check`.")
@@ -147,7 +185,7 @@ class StudentTraining(lightning.LightningModule):
     """
 
     def __init__(
-        self, method: D24FAD, validate: Callable[[], dict[str, float]], folder: Path, config: FitConfig
+        self, method: Trainable, validate: Callable[[], dict[str, float]], folder: Path, config: FitConfig
     ) -> None:
         super().__init__()
         self.method = method
@@ -158,9 +196,15 @@ class StudentTraining(lightning.LightningModule):
         self._started = time.perf_counter()
         self._losses: list[dict[str, Tensor]] = []
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam with the release's betas."""
-        return torch.optim.Adam(self.method.parameters(), lr=self.config.learning_rate, betas=(0.5, 0.999))
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Adam with both releases' betas; the schedule moves once an epoch."""
+        rate = self.config.learning_rate
+        optimizer = torch.optim.Adam(self.method.parameters(), lr=rate, betas=(0.5, 0.999))
+        if self.config.schedule == "constant":
+            return optimizer
+        # A closed form beyond T_max: down to the floor and up again, as PDD's release does over its 100 epochs.
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.config.cosine_epochs, eta_min=0.1 * rate)
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def on_train_start(self) -> None:
         """Forget epochs that were noted in `progress.jsonl` but not saved any more before the run was killed."""
@@ -170,21 +214,11 @@ class StudentTraining(lightning.LightningModule):
             write_whole(file, "".join(lines[: self.current_epoch]).encode())
 
     def training_step(self, batch: Batch) -> Tensor:
-        """Loss of B episodes; teacher features come with the batch or are computed here."""
-        losses = self.method.training_loss(self._features(batch.query), self._features(batch.support))
+        """Loss of B episodes, whose teacher features come with the batch."""
+        losses = self.method.training_loss(batch.query, batch.support)
         self.log_dict(losses, prog_bar=True, batch_size=self.config.batch_size)
         self._losses.append({name: loss.detach() for name, loss in losses.items()})
         return losses["total"]
-
-    def _features(self, tensors: Features) -> Features:
-        if "images" not in tensors:
-            return tensors
-        images = tensors["images"][0]  # (B, 3, H, W) or (B, K, 3, H, W)
-        features = self.method.extract(images.flatten(0, -4))
-        return {
-            name: [level.reshape(*images.shape[:-3], *level.shape[1:]) for level in levels]
-            for name, levels in features.items()
-        }
 
     def on_train_epoch_end(self) -> None:
         """Append the epoch's figures to `progress.jsonl`; every few epochs validate and keep the best weights."""
@@ -239,7 +273,7 @@ class Validation:
     """
 
     def __init__(
-        self, method: D24FAD, train: Manifest, held_out: Manifest, prepare: Preparation, config: FitConfig
+        self, method: Trainable, train: Manifest, held_out: Manifest, prepare: Preparation, config: FitConfig
     ) -> None:
         self.method = method
         self.config = config
@@ -251,9 +285,11 @@ class Validation:
             normal = torch.cat(list(prepare.inputs(rows)))
             rng = np.random.default_rng(seed)
             pasted = [torch.from_numpy(paste_lesion(image.cpu().numpy(), rng=rng)[0]) for image in normal]
-            support = draw_supports(train, task=task, shots=shots, draws=1, seed=seed)[0]
             self.queries[task] = method.extract(torch.cat([normal, torch.stack(pasted).to(normal.device)]))
-            self.supports[task] = method.extract(torch.cat(list(prepare.inputs(support))))
+            self.supports[task] = {}
+            if method.needs_support:
+                support = draw_supports(train, task=task, shots=shots, draws=1, seed=seed)[0]
+                self.supports[task] = method.extract(torch.cat(list(prepare.inputs(support))))
 
     def __call__(self) -> dict[str, float]:
         """Image AUROC of pasted lesions per task, and their mean "val_auroc", for the method as it is, in eval mode."""
@@ -278,14 +314,15 @@ class Validation:
 
 
 def _train(
-    method: D24FAD, train: Manifest, held_out: Manifest, prepare: Preparation, folder: Path, config: FitConfig
+    method: Trainable, train: Manifest, held_out: Manifest, prepare: Preparation, folder: Path, config: FitConfig
 ) -> dict[str, Any]:
     """Run Lightning's loop, load the best weights into the method and return the best epoch and its figure."""
     settings = config.training
     rows = sorted(train.samples, key=lambda sample: sample.task)  # read task by task; sorting is stable
     tasks = [sample.task for sample in rows]
-    sampler = EpisodeSampler(tasks, shots=settings.shots, resample=settings.resample, seed=settings.seed)
-    fetch = _source(method, rows, prepare, settings.cache_gib * 2**30)
+    shots = settings.shots if method.needs_support else 0
+    sampler = EpisodeSampler(tasks, shots=shots, resample=settings.resample, seed=settings.seed)
+    fetch = _source(method, rows, prepare, settings)
     loader = DataLoader(Episodes(fetch), batch_size=settings.batch_size, sampler=sampler, collate_fn=as_is)
     validate = Validation(method, train, held_out, prepare, config)
     module = StudentTraining(method, validate, folder, config)
@@ -319,28 +356,41 @@ def _train(
 
 
 def _source(
-    method: D24FAD, rows: Sequence[Sample], prepare: Preparation, cache_bytes: float
-) -> Callable[[Tensor], Features]:
-    """Teacher features from memory where they fit, else images read anew for every batch."""
-    probe = method.extract(next(prepare.inputs(rows[:1])))
-    if bytes_per_image(probe) * len(rows) <= cache_bytes:
-        return FeatureCache(method, prepare.inputs(rows))
+    method: Trainable, rows: Sequence[Sample], prepare: Preparation, settings: TrainingConfig
+) -> Callable[[Tensor, slice], Features]:
+    """Teacher features of training rows by index, computed once per image as far as the cache's budgets reach."""
+    disk = settings.cache_disk_gib * 2**30
+    cache = FeatureCache(
+        memory_bytes=settings.cache_gib * 2**30,
+        folder=cache_dir() / "features" if disk else None,
+        disk_bytes=disk,
+        precision=settings.precision,
+        device=prepare.device,
+    )
+    keys = [image_key(row, prepare.of(row.task)) for row in rows]
 
-    def read(index: Tensor) -> Features:
-        unique, inverse = torch.unique(index, return_inverse=True)  # sorted, so rows of one task stand together
-        images = torch.cat(list(prepare.inputs([rows[i] for i in unique.tolist()])))
-        return {"images": [images[inverse]]}
+    def load(positions: Sequence[int]) -> Tensor:
+        return torch.cat(list(prepare.inputs([rows[i] for i in positions])))
 
-    return read
+    cache.fill(method.teachers, keys, load)
+
+    def fetch(index: Tensor, levels: slice) -> Features:
+        flat = index.flatten().tolist()
+        wanted = [keys[i] for i in flat]
+        found = cache.get(method.teachers, wanted, lambda positions: load([flat[p] for p in positions]), levels=levels)
+        return {
+            role: [level.reshape(*index.shape, *level.shape[1:]) for level in pyramid]
+            for role, pyramid in found.items()
+        }
+
+    return fetch
 
 
-def _facts(
-    method: D24FAD | PatchNearestNeighbours, config: FitConfig, manifest: Manifest, train: Manifest
-) -> dict[str, Any]:
+def _facts(method: AnyMethod, config: FitConfig, manifest: Manifest, train: Manifest) -> dict[str, Any]:
     """What a bundle says about where it comes from."""
     return {
         "method": asdict(config.method),
-        "teacher": method.teacher.facts(),
+        **{role: teacher.facts() for role, teacher in zip(TEACHERS, method.teachers.values(), strict=False)},
         "training": {
             **asdict(config.training),
             "tasks": list(train.tasks),

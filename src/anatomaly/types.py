@@ -201,14 +201,17 @@ class Prediction:
 
 
 class Method(Protocol):
-    """What `methods.METHODS` holds: four steps that training, prediction and benchmarks all share."""
+    """What `methods.METHODS` holds: steps that training, prediction and benchmarks all share."""
+
+    #: Queries are compared with K support images; False for one-class methods, whose supports are empty.
+    needs_support: bool
 
     def extract(self, images: Tensor) -> Features:
         """Frozen teacher features of (B, 3, H, W) images in [0, 1]; cacheable, never trained."""
         ...
 
     def encode(self, features: Features) -> Sequence[Tensor]:
-        """The trainable per-image part: student features, shallow to deep, each (B, C, h, w)."""
+        """The trainable per-image part: what `compare` needs to know of an image, each tensor (B, C, h, w)."""
         ...
 
     def embed_support(self, features: Features) -> dict[str, Tensor]:

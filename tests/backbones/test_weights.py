@@ -90,6 +90,19 @@ def one_line(error):
     return message
 
 
+def test_without_a_published_digest_the_first_download_holds(places, caplog):
+    places["cache"].unlink()
+    places["hub"].unlink()
+    source = WeightsSource(FILE, "", URL)
+    found = find_weights("net", source)
+    digest = file_digest(found)
+    assert f"no digest of {FILE} is published; this one has sha256 {digest}" in caplog.text
+    assert find_weights("net", source) == found
+    found.write_text("another file")
+    with pytest.raises(WeightsError, match=f"expected {digest[:16]}"):
+        find_weights("net", source)
+
+
 @pytest.mark.parametrize("place", ["package", "cache", "hub"])
 def test_a_wrong_digest_is_refused(places, place):
     digest = file_digest(places[place])

@@ -93,8 +93,8 @@ def test_episodes_become_one_batch_of_tensors():
     """Queries (B, ...) and supports (B, K, ...) in the order the sampler drew them, whatever the workers do."""
     values = torch.arange(float(len(TASKS)))
 
-    def fetch(index):
-        return {"teacher": [values[index], values[index][..., None].expand(*index.shape, 2)]}
+    def fetch(index, levels):
+        return {"teacher": [values[index], values[index][..., None].expand(*index.shape, 2)][levels]}
 
     sampler = EpisodeSampler(TASKS, shots=3)
     sampler.set_epoch(2)
@@ -103,5 +103,14 @@ def test_episodes_become_one_batch_of_tensors():
     assert [len(batch.query["teacher"][0]) for batch in batches] == [8, 8, 4]
     drawn = torch.tensor(epoch(2)).float()
     assert torch.equal(torch.cat([batch.query["teacher"][0] for batch in batches]), drawn[:, 0])
-    assert torch.equal(torch.cat([batch.support["teacher"][0] for batch in batches]), drawn[:, 1:])
-    assert batches[0].support["teacher"][1].shape == (8, 3, 2)
+    assert [len(batch.support["teacher"]) for batch in batches] == [1, 1, 1], "the deepest level only"
+    assert torch.equal(torch.cat([batch.support["teacher"][0][..., 0] for batch in batches]), drawn[:, 1:])
+    assert batches[0].support["teacher"][0].shape == (8, 3, 2)
+
+
+def test_without_shots_there_is_no_support():
+    sampler = EpisodeSampler(TASKS, shots=0)
+    loader = DataLoader(Episodes(lambda index, _: {"x": [index]}), batch_size=7, sampler=sampler, collate_fn=as_is)
+    batches = list(loader)
+    assert all(batch.support == {} for batch in batches)
+    assert sorted(torch.cat([batch.query["x"][0] for batch in batches]).tolist()) == list(range(len(TASKS)))

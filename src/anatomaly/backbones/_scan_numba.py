@@ -45,7 +45,12 @@ def _exp2(x):
     """2^x, relative error 1e-7, for x clamped to [-126, 127.5]: exponent bits times a polynomial of the fraction."""
     x = min(max(x, _f(-126.0)), _f(127.5))
     shifted = x + _ROUND
-    r = x - (shifted - _ROUND)  # in [-0.5, 0.5]
+    return _power(shifted, x - (shifted - _ROUND))
+
+
+@_inline
+def _power(shifted, r):
+    """2^(k + r) for r in [-0.5, 0.5] and shifted = k + _ROUND."""
     p = _f(1.53533620e-4)  # minimax fit of (2^r - 1) / r
     p = p * r + _f(1.33988745e-3)
     p = p * r + _f(9.61843736e-3)
@@ -58,8 +63,14 @@ def _exp2(x):
 
 @_inline
 def _softplus(x):
-    """log(1 + e^x) = max(x, 0) + log1p(e^-|x|), relative error 2e-7."""
-    e = _exp2(-abs(x) * _LOG2E)
+    """log(1 + e^x) = max(x, 0) + log1p(e^-|x|), relative error 2e-7.
+
+    A large |x| log2(e) cannot be rounded and stay exact, so the multiple of log(2) is taken off in two parts.
+    """
+    z = max(-abs(x), _f(-87.0))
+    shifted = z * _LOG2E + _ROUND
+    k = shifted - _ROUND
+    e = _power(shifted, ((z - k * _f(0.693359375)) - k * _f(-2.12194440e-4)) * _LOG2E)
     p = _f(-3.24402562e-3)  # minimax fit of log1p(e) / e on [0, 1]
     p = p * e + _f(1.98514651e-2)
     p = p * e + _f(-5.69595412e-2)
@@ -252,10 +263,14 @@ def _by_block(rows: Tensor) -> Array:
 
 def _share_out(kernel: Callable[..., None], arguments: tuple[object, ...], tasks: Iterator[tuple[int, ...]]) -> None:
     """Run the kernel on every task, in as many threads as torch uses; each takes the next task when it is free."""
+    failures: list[BaseException] = []
 
     def work() -> None:
-        for task in tasks:
-            kernel(*arguments, *task)
+        try:
+            for task in tasks:
+                kernel(*arguments, *task)
+        except BaseException as failure:
+            failures.append(failure)
 
     threads = [Thread(target=work, daemon=True) for _ in range(torch.get_num_threads() - 1)]
     for thread in threads:
@@ -263,3 +278,5 @@ def _share_out(kernel: Callable[..., None], arguments: tuple[object, ...], tasks
     work()
     for thread in threads:
         thread.join()
+    if failures:
+        raise failures[0]

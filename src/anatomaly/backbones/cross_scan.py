@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from anatomaly.backbones.selective_scan import Backend, choose_backend, kernel, selective_scan
+from anatomaly.backbones.selective_scan import Backend, choose_backend, kernel, no_autocast, selective_scan
 from anatomaly.errors import ShapeError
 
 if TYPE_CHECKING:
@@ -80,6 +80,9 @@ def cross_selective_scan(
         ShapeError: The shapes do not belong together.
         NotReadyError: See `selective_scan`.
     """
+    for name, tensor, axes in (("u", u, "B, H, W, D"), ("dt_weight", dt_weight, "4, D, R"), ("A", A, "4, D, N")):
+        if tensor.ndim != axes.count(",") + 1:
+            raise ShapeError(f"cross_selective_scan: {name} is {tuple(tensor.shape)}, expected ({axes}).")
     batch, height, width, channels = u.shape
     ranks, states = dt_weight.shape[2], A.shape[2]
     wanted = (
@@ -92,7 +95,11 @@ def cross_selective_scan(
     for name, tensor, shape in wanted:
         if tensor.shape != shape:
             raise ShapeError(f"cross_selective_scan: {name} is {tuple(tensor.shape)}, expected {shape}.")
+        if tensor.device != u.device:
+            raise ShapeError(f"cross_selective_scan: {name} is on {tensor.device}, u on {u.device}; move one.")
     chosen = choose_backend(backend, u, projected, dt_weight, dt_bias, A, D)
+    if u.numel() == 0:
+        return torch.zeros_like(u)
     if chosen in ("numba", "triton"):
         arguments = (tensor.detach().float() for tensor in (u, projected, dt_weight, dt_bias, A, D))
         merged: Tensor = kernel(chosen).scan_image(*arguments)
@@ -101,7 +108,8 @@ def cross_selective_scan(
     own = torch.stack(walks, dim=1)  # (B, 4, R + 2N, L), every walk's own part in its own order
     rank, b, c = own[:, :, :ranks], own[:, :, ranks : ranks + states], own[:, :, ranks + states :]
     dtype = torch.promote_types(u.dtype, torch.float32)
-    delta = torch.einsum("bgrl,gdr->bgdl", rank.to(dtype), dt_weight.to(dtype))  # (B, 4, D, L)
+    with no_autocast(u):
+        delta = torch.einsum("bgrl,gdr->bgdl", rank.to(dtype), dt_weight.to(dtype))  # (B, 4, D, L)
     y = selective_scan(
         cross_scan(u.permute(0, 3, 1, 2).to(dtype)).flatten(1, 2),
         delta.flatten(1, 2),

@@ -5,10 +5,11 @@ Names: B batch, G groups that share `B` and `C`, D channels a group, N states a 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import logging
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +17,15 @@ import torch.nn.functional as F
 from anatomaly.errors import NotReadyError, ShapeError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
 Backend = Literal["auto", "ref", "chunked", "numba", "triton", "onnx"]
+
+Scan = TypeVar("Scan", bound="Callable[..., Tensor]")
 
 #: Pieces that `selective_scan_chunked` runs side by side, and positions in each: larger needs more memory, fewer steps.
 CHUNK = 16
@@ -67,6 +72,8 @@ def selective_scan(
     _check_shapes(u, delta, A, B, C, D, delta_bias)
     tensors = tuple(tensor for tensor in (u, delta, A, B, C, D, delta_bias) if tensor is not None)
     chosen = choose_backend(backend, *tensors)
+    if u.numel() == 0:
+        return torch.zeros_like(u)
     if chosen == "ref":
         return selective_scan_ref(u, delta, A, B, C, D, delta_bias=delta_bias, delta_softplus=delta_softplus)
     if chosen == "chunked":
@@ -80,6 +87,26 @@ def selective_scan(
     return y.to(u.dtype)
 
 
+def no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Switch autocast off on the tensor's device, where it is on."""
+    if not torch.is_autocast_enabled(tensor.device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def _in_float32(scan: Scan) -> Scan:
+    """Keep autocast out of the recurrence."""
+
+    @functools.wraps(scan)
+    def run(u: Tensor, *args: Any, **options: Any) -> Tensor:
+        with no_autocast(u):
+            result: Tensor = scan(u, *args, **options)
+        return result
+
+    return cast("Scan", run)
+
+
+@_in_float32
 def selective_scan_ref(
     u: Tensor,
     delta: Tensor,
@@ -113,6 +140,7 @@ def selective_scan_ref(
     return y.to(u.dtype)
 
 
+@_in_float32
 def selective_scan_chunked(
     u: Tensor,
     delta: Tensor,

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from anatomaly.backbones.cross_scan import cross_selective_scan
+from anatomaly.backbones.selective_scan import no_autocast
 from anatomaly.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -200,7 +201,7 @@ class Layer(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, h, w, C) -> before and after the step: (B, h, w, C), (B, h / 2, w / 2, 2 C)."""
         before = self.blocks(x)
-        return before, self.downsample(before)
+        return before, _in_float32(self.downsample, before)
 
 
 class VMamba(nn.Module):
@@ -278,12 +279,18 @@ class VMamba(nn.Module):
         height, width = images.shape[-2:]
         if height % STRIDE or width % STRIDE:
             images = F.pad(images, (0, -width % STRIDE, 0, -height % STRIDE))
-        x = self.patch_embed(images)  # (B, H / 4, W / 4, 96)
+        x = _in_float32(self.patch_embed, images)  # (B, H / 4, W / 4, 96)
         outputs = []
         for layer in self.layers:
             before, x = layer(x)
             outputs.append((before, x))
         return outputs
+
+
+def _in_float32(module: nn.Module, x: Tensor) -> Tensor:
+    """Run a module that all later blocks add to, in float32 even under autocast: halves the error of bf16 features."""
+    with no_autocast(x):
+        return module(x.to(torch.promote_types(x.dtype, torch.float32)))  # type: ignore[no-any-return]
 
 
 #: Names in the first official checkpoints and what they became.

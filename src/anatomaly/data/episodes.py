@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Batch(NamedTuple):
-    """B episodes: query tensors (B, ...) and support tensors (B, K, ...), by name and level."""
+    """B episodes by name and level: query tensors (B, ...) and the supports' deepest level (B, K, ...); K may be 0."""
 
     query: Features
     support: Features
@@ -31,7 +31,7 @@ class EpisodeSampler(Sampler[tuple[int, ...]]):
 
     Args:
         tasks: Task of every training image.
-        shots: K, >= 1.
+        shots: K; 0 for methods without support.
         resample: Draw other supports every epoch; False keeps those of epoch 0 (D24FAD's release).
         seed: Of order and supports.
 
@@ -82,16 +82,17 @@ class Episodes(Dataset[Batch]):
     """Turn a batch of drawn indices into tensors in one go.
 
     Args:
-        fetch: Tensors of the images with the given indices: an index tensor of any shape in, tensors that start with
-            that shape out, by name and level.
+        fetch: Tensors of the images with the given indices: an index tensor of any shape and the levels wanted in,
+            tensors that start with that shape out, by name and level.
     """
 
-    def __init__(self, fetch: Callable[[torch.Tensor], Features]) -> None:
+    def __init__(self, fetch: Callable[[torch.Tensor, slice], Features]) -> None:
         self.fetch = fetch
 
     def __getitems__(self, episodes: list[tuple[int, ...]]) -> Batch:
         index = torch.tensor(episodes)  # (B, 1 + K)
-        return Batch(self.fetch(index[:, 0]), self.fetch(index[:, 1:]))
+        support = self.fetch(index[:, 1:], slice(-1, None)) if index.shape[1] > 1 else {}
+        return Batch(self.fetch(index[:, 0], slice(None)), support)
 
 
 def as_is(batch: Any) -> Batch:

@@ -2,53 +2,64 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
 
 from anatomaly.errors import ConfigError
 from anatomaly.methods.d24fad import D24FAD, Distance, SoftmaxScale
 from anatomaly.methods.nearest import PatchNearestNeighbours
+from anatomaly.methods.pdd import PDD
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from anatomaly.backbones.teacher import Teacher
 
-__all__ = ["D24FAD", "METHODS", "PatchNearestNeighbours", "build_method"]
+__all__ = ["D24FAD", "METHODS", "PDD", "AnyMethod", "PatchNearestNeighbours", "Trainable", "build_method"]
 
-METHODS: Mapping[str, type[D24FAD] | type[PatchNearestNeighbours]] = {
+Trainable: TypeAlias = D24FAD | PDD
+AnyMethod: TypeAlias = Trainable | PatchNearestNeighbours
+
+METHODS: Mapping[str, type[AnyMethod]] = {
     "d24fad": D24FAD,
+    "pdd": PDD,
     "nearest": PatchNearestNeighbours,
 }
 
 
 def build_method(
     name: str,
-    teacher: Teacher,
+    teachers: Teacher | Sequence[Teacher],
     *,
     distance: Distance = "flattened",
     softmax_scale: SoftmaxScale = "channels",
     tsd_weight: float = 0.1,
+    pdd: Mapping[str, Any] | None = None,
     seed: int = 0,
-) -> D24FAD | PatchNearestNeighbours:
+) -> AnyMethod:
     """Build a method with freshly initialised weights.
 
     Args:
         name: A name in `METHODS`.
-        teacher: The frozen backbone.
+        teachers: The frozen backbone, or PDD's local and global one; PDD with one is plain reverse distillation.
         distance: Of D24FAD's losses.
         softmax_scale: Of D24FAD's learn-to-weight.
         tsd_weight: Of D24FAD's teacher-student loss.
+        pdd: Arguments of `PDD`, by name.
         seed: Of the initial weights; the global random state is left alone.
 
     Raises:
-        ConfigError: The name is unknown.
+        ConfigError: The name is unknown, or PDD's settings contradict each other.
     """
-    import torch
-
-    if name == "nearest":
-        return PatchNearestNeighbours(teacher)
-    if name == "d24fad":
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+    teacher, *others = teachers if isinstance(teachers, Sequence) else [teachers]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if name == "nearest":
+            return PatchNearestNeighbours(teacher)
+        if name == "d24fad":
             return D24FAD(teacher, distance=distance, softmax_scale=softmax_scale, tsd_weight=tsd_weight)
+        if name == "pdd":
+            return PDD(teacher, others[0] if others else None, **(pdd or {}))
     raise ConfigError(f"method: unknown name {name!r}, expected one of {', '.join(METHODS)}.")

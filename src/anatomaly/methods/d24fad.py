@@ -83,6 +83,8 @@ class D24FAD(nn.Module):
     Note: differs from the release in that the teacher is frozen (there all its tensors collect unused gradients).
     """
 
+    needs_support = True
+
     def __init__(
         self,
         teacher: Teacher,
@@ -103,6 +105,11 @@ class D24FAD(nn.Module):
     def teacher(self) -> Teacher:
         """The frozen backbone."""
         return self._teacher[0]
+
+    @property
+    def teachers(self) -> dict[str, Teacher]:
+        """The frozen backbone under the name `extract` uses."""
+        return {"teacher": self.teacher}
 
     def extract(self, images: Tensor) -> Features:
         """Teacher pyramid of (B, 3, H, W) images in [0, 1]: {"teacher": four levels, shallow to deep}."""

@@ -30,6 +30,8 @@ class PatchNearestNeighbours(nn.Module):
         teacher: Frozen backbone.
     """
 
+    needs_support = True
+
     def __init__(self, teacher: Teacher) -> None:
         super().__init__()
         self._teacher = [teacher]
@@ -38,6 +40,11 @@ class PatchNearestNeighbours(nn.Module):
     def teacher(self) -> Teacher:
         """The frozen backbone."""
         return self._teacher[0]
+
+    @property
+    def teachers(self) -> dict[str, Teacher]:
+        """The frozen backbone under the name `extract` uses."""
+        return {"teacher": self.teacher}
 
     def extract(self, images: Tensor) -> Features:
         """Teacher pyramid of (B, 3, H, W) images in [0, 1]."""

@@ -79,6 +79,8 @@ class PDD(nn.Module):
         minimum, -0.17, where the local feature is 0.
     """
 
+    needs_support = False
+
     def __init__(
         self,
         local: Teacher,

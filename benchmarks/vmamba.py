@@ -1,0 +1,132 @@
+"""A forward of VMamba-Tiny with every backend in one run: time, peak memory, and what stands between it and its floor.
+
+    python benchmarks/vmamba.py [--size 256] [--batches 1 8] [--repeats 5] [--model vmamba_tiny]
+
+"ref" is the same network with the plain loop a CPU user gets from the release; it runs once and at batch 1 only, the
+others `--repeats` times, taking turns; figures are medians.  Weights are random, which changes no time.
+The floor of the part outside the scan is its multiply-adds at the speed of a large float32 matrix product here.
+"""
+
+import argparse
+import os
+import statistics
+import time
+
+import torch
+from selective_scan import peak_mib, reset_peak
+
+from anatomaly.backbones import vmamba
+from anatomaly.backbones.vmamba import VARIANTS, VMamba
+
+SIDES = (("ref", False), ("chunked", False), ("numba", False), ("numba", True))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--model", default="vmamba_tiny", choices=VARIANTS)
+    args = parser.parse_args()
+
+    torch.manual_seed(0)
+    model = VMamba(args.model, merged=True).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    images = torch.randn(max(args.batches), 3, args.size, args.size)
+    run(model, images[:1, :, :32, :32], "numba", bf16=False)  # compiles
+    before = reset_peak()
+    # Memory first, and in this order: what one backend has freed, the next one is given without a trace.
+    order = [(batch, *side) for side in (*SIDES[2:], SIDES[1]) for batch in args.batches] + [(1, *SIDES[0])]
+    peaks = {
+        (batch, name, bf16): run(model, images[:batch], name, bf16=bf16)[2] - before for batch, name, bf16 in order
+    }
+    weights = sum(parameter.numel() for parameter in model.parameters()) * 4 / 2**20
+    print(f"{os.cpu_count()} cores, torch {torch.__version__}, {args.model}, {args.size} px, weights {weights:.0f} MiB")
+    print("| backend | batch | s / image | faster than ref | of it scan | peak MiB above start | features differ |")
+    print("|---|---|---|---|---|---|---|")
+    plain = truth = None
+    for batch in args.batches:
+        sides = [side for side in SIDES if side[0] != "ref" or batch == 1]
+        figures = {side: [] for side in sides}
+        levels = {}
+        for repeat in range(args.repeats):
+            for side in sides:
+                if repeat == 0 or side[0] != "ref":
+                    *figure, levels[side] = run(model, images[:batch], side[0], bf16=side[1])
+                    figures[side].append(figure)
+        if plain is None and ("ref", False) in figures:
+            plain, truth = figures["ref", False][0][0], levels["ref", False]
+        for side in sides:
+            seconds, scan, _ = (statistics.median(column) for column in zip(*figures[side], strict=True))
+            differ = "" if truth is None or batch > 1 else f"{difference(levels[side], truth):.1e}"
+            ratio = "" if plain is None else f"{plain / (seconds / batch):.1f}"
+            name = side[0] + (" bf16" if side[1] else "")
+            cells = (
+                name,
+                batch,
+                f"{seconds / batch:.3f}",
+                ratio,
+                f"{scan / batch:.3f}",
+                f"{peaks[(batch, *side)]:.0f}",
+            )
+            print("| " + " | ".join(map(str, (*cells, differ))) + " |")
+
+    operations = multiply_adds(model, images[:1])
+    speed = matrix_speed()
+    print(
+        f"\noutside the scan: {2 * operations / 1e9:.1f} GFLOP an image; a float32 matrix product here runs at "
+        f"{speed / 1e9:.0f} GFLOP/s, so its floor is {2 * operations / speed:.3f} s."
+    )
+
+
+@torch.inference_mode()
+def run(model, images, backend, *, bf16):
+    """(seconds, seconds in the scan, the process's peak MiB, levels) of one forward."""
+    model.use_scan(backend)
+    spent = 0.0
+    scan = vmamba.cross_selective_scan
+
+    def timed(*args, **options):
+        nonlocal spent
+        started = time.perf_counter()
+        result = scan(*args, **options)
+        spent += time.perf_counter() - started
+        return result
+
+    vmamba.cross_selective_scan = timed
+    try:
+        reset_peak()
+        started = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            levels = model(images.contiguous(memory_format=torch.channels_last))
+        seconds = time.perf_counter() - started
+    finally:
+        vmamba.cross_selective_scan = scan
+    return seconds, spent, peak_mib(), levels
+
+
+def difference(levels, truth):
+    """Largest relative difference of a level."""
+    return max(float((a.float() - b).norm() / b.norm()) for a, b in zip(levels, truth, strict=True))
+
+
+def multiply_adds(model, images):
+    """Multiply-adds of all linear maps and convolutions of one forward."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model.use_scan("numba")(images)
+    return counter.get_total_flops() / 2
+
+
+def matrix_speed():
+    a, b = torch.randn(2, 2048, 2048)
+    best = float("inf")
+    for _ in range(8):
+        started = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - started)
+    return 2 * 2048**3 / best
+
+
+if __name__ == "__main__":
+    main()
