@@ -97,7 +97,10 @@ def _with_records(facts: Mapping[str, Any]) -> dict[str, Any]:
         **facts,
         "method": {
             **{key: facts["method"][key] for key in ("name", "distance", "softmax_scale", "tsd_weight")},
-            "pdd": dict(facts["method"].get("pdd", {})),  # bundles older than PDD have none
+            # Bundles older than these settings have none of them.
+            "self_distillation": facts["method"].get("self_distillation", True),
+            "learn_to_weight": facts["method"].get("learn_to_weight", True),
+            "pdd": dict(facts["method"].get("pdd", {})),
         },
         **{
             role: {key: facts[role][key] for key in ("name", "weights", "normalise", "hash")}

@@ -10,7 +10,7 @@ import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from anatomaly import __version__
-from anatomaly.commands import data, judge, model
+from anatomaly.commands import benchmark, data, judge, model
 from anatomaly.commands.console import fail
 from anatomaly.errors import AnatomalyError, ConfigError
 from anatomaly.presets import preset_file
@@ -170,6 +170,9 @@ COMMANDS = {
     ),
     "evaluate": Command(
         "Measure a model on labelled images over several support draws.", judge.evaluate_arguments, judge.run_evaluate
+    ),
+    "benchmark ablation": Command(
+        "Train and judge a paper's parts one by one, resumable.", benchmark.ablation_arguments, benchmark.run_ablation
     ),
     "export": Command(
         "Write a frozen teacher as ONNX, compared with its own forward.", model.export_arguments, model.run_export

@@ -91,19 +91,25 @@ class MethodConfig:
         distance: Of the losses: flattened (release) or positionwise (paper).
         softmax_scale: Of learn-to-weight: channels (release) or elements.
         tsd_weight: Weight of the teacher-student loss; the paper's lambda.
-        pdd: Of PDD; the three before are D24FAD's.
+        self_distillation: False trains and scores against the teacher alone (an ablation).
+        learn_to_weight: False gives all supports the same weight (an ablation).
+        pdd: Of PDD; all before are D24FAD's.
     """
 
     name: Literal["d24fad", "pdd", "nearest"] = "d24fad"
     distance: Literal["flattened", "positionwise"] = "flattened"
     softmax_scale: Literal["channels", "elements"] = "channels"
     tsd_weight: float = 0.1
+    self_distillation: bool = True
+    learn_to_weight: bool = True
     pdd: PDDConfig = field(default_factory=PDDConfig)
 
     def __post_init__(self) -> None:
         """Refuse values out of range with a ConfigError."""
         _check_words(self, "method")
         _check("method.tsd_weight", self.tsd_weight, 0 <= self.tsd_weight < math.inf, "at least 0")
+        for name in ("self_distillation", "learn_to_weight"):
+            _check(f"method.{name}", getattr(self, name), isinstance(getattr(self, name), bool), "true or false")
 
 
 @dataclass(frozen=True)

@@ -276,14 +276,14 @@ def write_evaluations(results: Sequence[Evaluation], out: Path) -> None:
     ]
     names = list(dict.fromkeys(name for result in results for draw in result.metrics for name in draw))
     draws: list[list[object]] = [["task", "shots", "draw", "supports", *names]]
-    scores: list[list[object]] = [["task", "shots", "draw", "path", "frame", "label", "score"]]
+    scores: list[list[object]] = [["task", "shots", "draw", "path", "frame", "patient", "label", "score"]]
     for result in results:
         for number, (metrics, supports) in enumerate(zip(result.metrics, result.supports, strict=True)):
             names_of_supports = ";".join(sample.name for sample in supports)
             cells: list[object] = [result.task, result.shots, number]
             draws.append([*cells, names_of_supports, *(metrics.get(name) for name in names)])
             scores += [
-                [*cells, sample.path, sample.frame, sample.label, score]
+                [*cells, sample.path, sample.frame, sample.patient_id, sample.label, score]
                 for sample, score in zip(result.samples, result.scores[number].tolist(), strict=True)
             ]
     write_whole(out / "evaluation.json", (json.dumps(summary, indent=2) + "\n").encode())

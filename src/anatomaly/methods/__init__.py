@@ -36,6 +36,8 @@ def build_method(
     distance: Distance = "flattened",
     softmax_scale: SoftmaxScale = "channels",
     tsd_weight: float = 0.1,
+    self_distillation: bool = True,
+    learn_to_weight: bool = True,
     pdd: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> AnyMethod:
@@ -47,6 +49,8 @@ def build_method(
         distance: Of D24FAD's losses.
         softmax_scale: Of D24FAD's learn-to-weight.
         tsd_weight: Of D24FAD's teacher-student loss.
+        self_distillation: Of D24FAD; an ablation.
+        learn_to_weight: Of D24FAD; an ablation.
         pdd: Arguments of `PDD`, by name.
         seed: Of the initial weights; the global random state is left alone.
 
@@ -59,7 +63,14 @@ def build_method(
         if name == "nearest":
             return PatchNearestNeighbours(teacher)
         if name == "d24fad":
-            return D24FAD(teacher, distance=distance, softmax_scale=softmax_scale, tsd_weight=tsd_weight)
+            return D24FAD(
+                teacher,
+                distance=distance,
+                softmax_scale=softmax_scale,
+                tsd_weight=tsd_weight,
+                self_distillation=self_distillation,
+                learn_to_weight=learn_to_weight,
+            )
         if name == "pdd":
             return PDD(teacher, others[0] if others else None, **(pdd or {}))
     raise ConfigError(f"method: unknown name {name!r}, expected one of {', '.join(METHODS)}.")

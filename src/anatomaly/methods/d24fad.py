@@ -79,6 +79,8 @@ class D24FAD(nn.Module):
         distance: Of the losses: cosine of the whole flattened level (release) or per position, averaged (paper).
         softmax_scale: See `LearnToWeight`.
         tsd_weight: lambda, the weight of the teacher-student loss; the paper uses 0.1.
+        self_distillation: False leaves TSD alone: queries are compared with the teacher, supports count for nothing.
+        learn_to_weight: False gives every support the same weight.
 
     Note: differs from the release in that the teacher is frozen (there all its tensors collect unused gradients).
     """
@@ -92,10 +94,14 @@ class D24FAD(nn.Module):
         distance: Distance = "flattened",
         softmax_scale: SoftmaxScale = "channels",
         tsd_weight: float = 0.1,
+        self_distillation: bool = True,
+        learn_to_weight: bool = True,
     ) -> None:
         super().__init__()
         self.distance = distance
         self.tsd_weight = tsd_weight
+        self.self_distillation = self_distillation
+        self.learn_to_weight = learn_to_weight
         # The teacher is not a submodule: state_dict(), parameters() and train() concern the trainable part only.
         self._teacher = [teacher]
         self.student = Decoder(teacher.channels, teacher.strides, signed=teacher.signed)
@@ -116,14 +122,17 @@ class D24FAD(nn.Module):
         return {"teacher": self.teacher(images)}
 
     def encode(self, features: Features) -> list[Tensor]:
-        """Student features, three levels shallow to deep, from the teacher's deepest level."""
+        """Student features, three levels shallow to deep, from the teacher's deepest level.
+
+        Without self-distillation the teacher's own three levels follow.
+        """
         encoded: list[Tensor] = self.student(features["teacher"][-1])
-        return encoded
+        return encoded if self.self_distillation else [*encoded, *features["teacher"][:-1]]
 
     def embed_support(self, features: Features) -> dict[str, Tensor]:
         """Student features of K supports and their projections: "value_l" and "key_l", each (K, C, h, w)."""
         embedded: dict[str, Tensor] = {}
-        for level, value in enumerate(self.encode(features)):
+        for level, value in enumerate(self.encode(features)[: len(self.l2w.projections)]):
             embedded[f"value_{level}"] = value
             embedded[f"key_{level}"] = self.l2w.project(level, value)
         return embedded
@@ -136,11 +145,13 @@ class D24FAD(nn.Module):
             support: What `embed_support` returned.
 
         Returns:
-            Three comparisons with their (B, K) support weights.
+            Three comparisons with their (B, K) support weights; without self-distillation with none.
 
         Raises:
             ShapeError: Query and support have other feature sizes.
         """
+        if not self.self_distillation:
+            return [Comparison(student, teacher) for student, teacher in zip(encoded[:3], encoded[3:], strict=True)]
         comparisons = []
         for level, query in enumerate(encoded):
             value, key = support[f"value_{level}"], support[f"key_{level}"]
@@ -149,7 +160,7 @@ class D24FAD(nn.Module):
                     f"D24FAD.compare: level {level + 1} of the query is {tuple(query.shape)}, the support bank holds "
                     f"{tuple(value.shape)}; C, h and w must match. Make the bank anew with this model and input size."
                 )
-            weights = torch.softmax(self.l2w.logits(query, key), dim=1)
+            weights = self._share(query, key)
             reference = torch.einsum("bk,kchw->bchw", weights.to(value.dtype), value)
             comparisons.append(Comparison(query, reference, weights))
         return comparisons
@@ -162,11 +173,16 @@ class D24FAD(nn.Module):
             support: Teacher features of their supports, at least the last level, (B, K, C, h, w).
 
         Returns:
-            Scalars "total", "ssd" and "tsd".  Gradients flow through both student branches and phi.
+            Scalars "total", "ssd" and "tsd" ("total" is "tsd" without self-distillation).  Gradients flow through both
+            student branches and phi.
 
         Note: as in the release, BatchNorm sees the query batch and each of the K support batches separately.
         """
-        encoded = self.encode(query)
+        encoded = self.encode(query)[: len(self.l2w.projections)]
+        if not self.self_distillation:
+            pairs = zip(encoded, query["teacher"], strict=False)
+            tsd = torch.stack([distance(student, teacher, self.distance) for student, teacher in pairs]).sum()
+            return {"total": tsd, "tsd": tsd}
         bottlenecks = support["teacher"][-1]
         shots = [self.student(bottlenecks[:, k]) for k in range(bottlenecks.shape[1])]
         ssd = encoded[0].new_zeros((), dtype=torch.float32)
@@ -174,11 +190,16 @@ class D24FAD(nn.Module):
         for level, student in enumerate(encoded):
             values = torch.stack([shot[level] for shot in shots], dim=1)  # (B, K, C, h, w)
             keys = self.l2w.project(level, values.flatten(0, 1)).reshape(values.shape)
-            weights = torch.softmax(self.l2w.logits(student, keys), dim=1)
+            weights = self._share(student, keys)
             reference = torch.einsum("bk,bkchw->bchw", weights.to(values.dtype), values)
             ssd = ssd + distance(student, reference, self.distance)
             tsd = tsd + distance(student, query["teacher"][level], self.distance)
         return {"total": ssd + self.tsd_weight * tsd, "ssd": ssd, "tsd": tsd}
+
+    def _share(self, query: Tensor, keys: Tensor) -> Tensor:
+        """(B, K) weights of the supports, rows sum to 1."""
+        logits = self.l2w.logits(query, keys)
+        return torch.softmax(logits if self.learn_to_weight else torch.zeros_like(logits), dim=1)
 
 
 def distance(a: Tensor, b: Tensor, kind: Distance) -> Tensor:
