@@ -15,7 +15,7 @@ ROWS = (  # a module may import modules of lower rows, and its own folder's
     "cli",
     "commands",
     "demo ablation",
-    "official output evaluation training export",
+    "official output evaluation training export explain",
     "report inference",
     "bundle",
     "methods protocols timm_models",

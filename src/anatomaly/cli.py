@@ -10,7 +10,7 @@ import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from anatomaly import __version__
-from anatomaly.commands import benchmark, data, judge, model
+from anatomaly.commands import benchmark, data, explain, judge, model
 from anatomaly.commands.console import fail
 from anatomaly.errors import AnatomalyError, ConfigError
 from anatomaly.presets import preset_file
@@ -75,7 +75,7 @@ def _overview(words: Sequence[str]) -> int:
     print("usage: anatomaly COMMAND [options]    (anatomaly COMMAND --help lists the options)\n")
     print("Finds what is not normal in medical images after seeing only normal ones. Not for clinical use.\n")
     for name in group or COMMANDS:
-        print(f"  {name:<15} {COMMANDS[name].help}")
+        print(f"  {name:<18} {COMMANDS[name].help}")
     return 0
 
 
@@ -173,6 +173,14 @@ COMMANDS = {
     ),
     "benchmark ablation": Command(
         "Train and judge a paper's parts one by one, resumable.", benchmark.ablation_arguments, benchmark.run_ablation
+    ),
+    "explain teachers": Command(
+        "Compare where two frozen teachers look, in maps and numbers.",
+        explain.teachers_arguments,
+        explain.run_teachers,
+    ),
+    "explain supports": Command(
+        "Say which support images a verdict rests on.", explain.supports_arguments, explain.run_supports
     ),
     "export": Command(
         "Write a frozen teacher as ONNX, compared with its own forward.", model.export_arguments, model.run_export

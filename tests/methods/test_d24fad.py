@@ -85,6 +85,73 @@ def test_the_loss_is_what_prediction_compares(kind):
     torch.testing.assert_close(losses["total"], ssd + 0.3 * tsd, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["positionwise", "flattened"])
+def test_without_self_distillation_only_the_teacher_counts(kind):
+    model = method(self_distillation=False, distance=kind, tsd_weight=0.3).eval()
+    query, support = features(2, seed=1), features(4, seed=2)
+    with torch.no_grad():
+        encoded = model.encode(query)
+        comparisons = model.compare(encoded, model.embed_support(support))
+        losses = model.training_loss(query, {"teacher": [features(2, 3, seed=4)["teacher"][-1]]})
+    assert len(comparisons) == 3
+    for level, (student, target, weights) in enumerate(comparisons):
+        assert student.shape == target.shape
+        assert torch.equal(target, query["teacher"][level])
+        assert not torch.equal(student, target)
+        assert weights is None
+    tsd = sum(distance(student, target, kind) for student, target, _ in comparisons)
+    assert set(losses) == {"total", "tsd"}
+    torch.testing.assert_close(losses["tsd"], tsd, rtol=1e-5, atol=1e-6)
+    assert torch.equal(losses["total"], losses["tsd"]), "lambda weighs nothing where there is one loss"
+
+
+def test_without_self_distillation_supports_are_ignored():
+    model = method(self_distillation=False).eval()
+    query = features(2, seed=1)
+    with torch.no_grad():
+        encoded = model.encode(query)
+        banks = [model.embed_support(features(k, seed=k)) for k in (1, 3)]
+        one, other, none = (model.compare(encoded, bank) for bank in (*banks, {}))
+        assert torch.equal(model.training_loss(query, {})["total"], model.training_loss(query, features(2, 1))["total"])
+    for a, b, c in zip(one, other, none, strict=True):
+        assert torch.equal(a.student, b.student)
+        assert torch.equal(a.target, b.target)
+        assert torch.equal(a.target, c.target)
+    assert [tensor.shape[0] for tensor in banks[1].values()] == [3] * 6, "a bank has one kind of tensors in any case"
+
+
+def test_without_learn_to_weight_every_support_counts_the_same():
+    model = method(learn_to_weight=False).eval()
+    query, support = features(2, seed=1), features(4, seed=2)
+    with torch.no_grad():
+        encoded, bank = model.encode(query), model.embed_support(support)
+        comparisons = model.compare(encoded, bank)
+        episodes = {"teacher": [level.expand(2, *level.shape) for level in support["teacher"]]}
+        losses = model.training_loss(query, episodes)
+    for level, (student, target, weights) in enumerate(comparisons):
+        assert torch.equal(weights, torch.full((2, 4), 0.25))
+        assert student is encoded[level]
+        for image in target:
+            torch.testing.assert_close(image, bank[f"value_{level}"].mean(dim=0))
+    ssd = sum(distance(student, target, "flattened") for student, target, _ in comparisons)
+    tsd = sum(distance(s, t, "flattened") for s, t in zip(encoded, query["teacher"], strict=False))
+    assert set(losses) == {"total", "ssd", "tsd"}
+    torch.testing.assert_close(losses["ssd"], ssd, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(losses["total"], ssd + 0.1 * tsd, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("choices", "silent"),
+    [({"self_distillation": False}, {"l2w"}), ({"learn_to_weight": False}, {"l2w"}), ({"tsd_weight": 0.0}, set())],
+    ids=str,
+)
+def test_what_an_ablation_leaves_out_gets_no_gradient(choices, silent):
+    model = method(**choices)
+    model.training_loss(features(2, seed=1), features(2, 3, seed=2))["total"].backward()
+    moved = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert moved == {"student", "l2w"} - silent
+
+
 def test_a_comparison_is_the_weighted_support():
     model = method().eval()
     with torch.no_grad():
