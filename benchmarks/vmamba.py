@@ -1,16 +1,19 @@
 """A forward of VMamba-Tiny with every backend in one run: time, peak memory, and what stands between it and its floor.
 
-    python benchmarks/vmamba.py [--size 256] [--batches 1 8] [--repeats 5] [--model vmamba_tiny]
+    python benchmarks/vmamba.py [--size 256] [--batches 1 8] [--repeats 5] [--model vmamba_tiny] [--onnx]
 
 "ref" is the same network with the plain loop a CPU user gets from the release; it runs once and at batch 1 only, the
 others `--repeats` times, taking turns; figures are medians.  Weights are random, which changes no time.
+--onnx also exports the teacher and times it in onnxruntime (`anatomaly[export]`).
 The floor of the part outside the scan is its multiply-adds at the speed of a large float32 matrix product here.
 """
 
 import argparse
 import os
 import statistics
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 from selective_scan import peak_mib, reset_peak
@@ -27,7 +30,10 @@ def main():
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--model", default="vmamba_tiny", choices=VARIANTS)
+    parser.add_argument("--onnx", action="store_true")
     args = parser.parse_args()
+    if args.onnx:
+        onnx(args)
 
     torch.manual_seed(0)
     model = VMamba(args.model, merged=True).eval().requires_grad_(False).to(memory_format=torch.channels_last)
@@ -76,6 +82,36 @@ def main():
         f"\noutside the scan: {2 * operations / 1e9:.1f} GFLOP an image; a float32 matrix product here runs at "
         f"{speed / 1e9:.0f} GFLOP/s, so its floor is {2 * operations / speed:.3f} s."
     )
+
+
+def onnx(args):
+    """Export the teacher, then take turns between onnxruntime and the eager forward at batch 1."""
+    import onnxruntime
+
+    from anatomaly.backbones import build_backbone
+    from anatomaly.export import export_teacher
+
+    teacher = build_backbone(args.model, weights="random")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "teacher.onnx"
+        started = time.perf_counter()
+        exported = export_teacher(teacher, file, size=(args.size, args.size))
+        seconds, mib = time.perf_counter() - started, file.stat().st_size / 2**20
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    images = torch.rand(1, 3, args.size, args.size)
+    sides = {"onnxruntime": lambda: session.run(None, {"images": images.numpy()}), "eager": lambda: teacher(images)}
+    times = {name: [] for name in sides}
+    for _ in range(args.repeats + 1):
+        for name, side in sides.items():
+            started = time.perf_counter()
+            side()
+            times[name].append(time.perf_counter() - started)
+    print(
+        f"ONNX: exported in {seconds:.0f} s, {mib:.0f} MiB, {exported.nodes} nodes, parity {exported.parity:.1e}; a forward:"
+    )
+    print(", ".join(f"{name} {statistics.median(values[1:]):.3f} s" for name, values in times.items()) + "\n")
 
 
 @torch.inference_mode()

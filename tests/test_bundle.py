@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from anatomaly.backbones import build_backbone
 from anatomaly.bundle import load_bank, save_bank
+from anatomaly.config import MethodConfig
 from anatomaly.errors import NotReadyError, OutputError, WeightsError
 from anatomaly.inference import Detector
+from anatomaly.methods import build_method
 from anatomaly.types import Intensity, Preprocessing, Scoring, SupportBank
 
 OWN_FILE = "Smith_Jane_teacher.pth"
@@ -211,6 +214,95 @@ def test_a_bundle_that_cannot_be_written_is_an_output_error(tmp_path, make_detec
     (tmp_path / "taken").write_text("a file")
     with pytest.raises(OutputError, match="taken"):
         make_detector().save(tmp_path / "taken")
+
+
+def pair(local, far, seed=0):
+    """A detector with these two teachers."""
+    return Detector(
+        build_method("pdd", [local, far], seed=seed),
+        preprocessing=Preprocessing((64, 64)),
+        scoring=Scoring(),
+        facts={"method": asdict(MethodConfig("pdd")), "teacher": local.facts(), "global_teacher": far.facts()},
+        device="cpu",
+    )
+
+
+@pytest.fixture(scope="module")
+def other_teacher(tmp_path_factory, lite0):
+    """A second teacher of the user's own, with other weights."""
+    file = tmp_path_factory.mktemp("weights") / OWN_FILE
+    state = {key: value.clone() for key, value in lite0.body.state_dict().items()}
+    next(iter(state.values())).mul_(0.5)
+    torch.save(state, file)
+    return build_backbone("efficientnet_lite0", weights=str(file))
+
+
+def test_two_teachers_from_files_are_found_in_the_bundle(own_teacher, other_teacher, tmp_path, phantom):
+    detector = pair(own_teacher, other_teacher)
+    detector.save(tmp_path / "bundle")
+    names = ["config.json", "global_teacher.safetensors", "teacher.safetensors", "weights.safetensors"]
+    assert sorted(file.name for file in (tmp_path / "bundle").iterdir()) == names
+    assert all(b"Smith" not in file.read_bytes() for file in (tmp_path / "bundle").iterdir())
+    moved = shutil.move(tmp_path / "bundle", tmp_path / "elsewhere")
+    loaded = Detector.load(moved, device="cpu")
+    hashes = {role: teacher.weights_hash for role, teacher in loaded.method.teachers.items()}
+    assert hashes == {"local": own_teacher.weights_hash, "global": other_teacher.weights_hash}
+    assert loaded.model_hash == detector.model_hash
+    images = rows(phantom, "test", label=1)
+    scores = [[one.score for one in each.predict(images)] for each in (detector, loaded)]
+    assert scores[0] == scores[1]
+    loaded.save(tmp_path / "again")
+    for name in names[1:3]:
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "elsewhere" / name).read_bytes()
+
+
+def test_only_the_teacher_from_a_file_goes_into_the_bundle(lite0, other_teacher, own_teacher, tmp_path):
+    pair(own_teacher, other_teacher).save(tmp_path)
+    pair(lite0, other_teacher).save(tmp_path)  # over it
+    assert not (tmp_path / "teacher.safetensors").exists()
+    pair(own_teacher, lite0).save(tmp_path)
+    assert not (tmp_path / "global_teacher.safetensors").exists()
+    loaded = Detector.load(tmp_path, device="cpu").method.teachers
+    assert [teacher.weights_hash for teacher in loaded.values()] == [own_teacher.weights_hash, lite0.weights_hash]
+
+
+def test_which_of_two_teachers_is_another_is_said(lite0, own_teacher, tmp_path):
+    pair(lite0, lite0).save(tmp_path)
+    file = own_teacher.weights
+    with pytest.raises(WeightsError, match=r"Pass the same weights with --global_teacher\.weights FILE\.$"):
+        Detector.load(tmp_path, global_teacher_weights=file)
+    with pytest.raises(WeightsError, match=r"Pass the same weights with --teacher\.weights FILE\.$"):
+        Detector.load(tmp_path, teacher_weights=file)
+    pair(lite0, own_teacher).save(tmp_path)
+    (tmp_path / "global_teacher.safetensors").unlink()
+    with pytest.raises(WeightsError):
+        Detector.load(tmp_path)
+    assert Detector.load(tmp_path, device="cpu", global_teacher_weights=file).method.teachers["global"].weights == file
+
+
+def test_teachers_that_change_places_are_another_model(lite0, own_teacher):
+    assert pair(lite0, own_teacher).model_hash != pair(own_teacher, lite0).model_hash
+
+
+def test_a_bundle_that_lost_its_second_teacher_is_refused(lite0, tmp_path):
+    pair(lite0, lite0).save(tmp_path)
+    facts = json.loads((tmp_path / "config.json").read_text())
+    del facts["global_teacher"]
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    with pytest.raises(WeightsError, match=r"keys do not fit"):
+        Detector.load(tmp_path)
+
+
+def test_a_bundle_older_than_some_settings_still_loads(bundle, make_detector, phantom):
+    facts = json.loads((bundle / "config.json").read_text())
+    for key in ("pdd", "self_distillation", "learn_to_weight"):
+        del facts["method"][key]
+    (bundle / "config.json").write_text(json.dumps(facts))
+    loaded, detector = Detector.load(bundle, device="cpu"), make_detector()
+    assert loaded.model_hash == detector.model_hash
+    assert [one.score for one in judge(loaded, phantom)] == [one.score for one in judge(detector, phantom)]
+    loaded.save(bundle)  # with all settings
+    assert Detector.load(bundle, device="cpu").model_hash == detector.model_hash
 
 
 def a_bank():

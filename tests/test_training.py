@@ -2,14 +2,16 @@
 
 import json
 from dataclasses import replace
+from math import cos, pi
 
 import pytest
 import torch
 
 from anatomaly import training
+from anatomaly.backbones.teacher import Teacher
 from anatomaly.backbones.weights import state_digest
 from anatomaly.bundle import read_tensors
-from anatomaly.config import FitConfig, MethodConfig, TeacherConfig, TrainingConfig
+from anatomaly.config import FitConfig, MethodConfig, PDDConfig, TeacherConfig, TrainingConfig
 from anatomaly.data.manifest import load_manifest
 from anatomaly.data.phantom import write_benchmark
 from anatomaly.errors import AnatomalyError, ConfigError, OutputError, ReadError
@@ -380,3 +382,127 @@ def test_test_files_are_not_even_hashed(scans, tmp_path, one_teacher):
     ghost = Sample(tmp_path / "gone.png", TASKS[0], "test", 1)
     detector = fit(replace(scans, samples=(*scans.samples, ghost)), tmp_path / "model", settings(epochs=0))
     assert detector.facts["training"]["manifest"] == scans.fingerprint()
+
+
+def cosine_rate(epoch, *, start, period):
+    return start * (0.1 + 0.9 * (1 + cos(pi * epoch / period)) / 2)
+
+
+def test_the_cosine_schedule_falls_to_a_tenth_and_rises_again(tmp_path):
+    config = FitConfig(training=TrainingConfig(learning_rate=2e-3, schedule="cosine", epochs=100))
+    parts = StudentTraining(torch.nn.Linear(1, 1), dict, tmp_path, config).configure_optimizers()
+    rates = []
+    for _ in range(100):
+        rates.append(parts["optimizer"].param_groups[0]["lr"])
+        parts["optimizer"].step()
+        parts["lr_scheduler"].step()
+    assert rates == pytest.approx([cosine_rate(epoch, start=2e-3, period=40) for epoch in range(100)], rel=1e-6)
+    assert (rates[0], rates[40], rates[80]) == pytest.approx((2e-3, 2e-4, 2e-3))
+    assert parts["optimizer"].defaults["betas"] == (0.5, 0.999)
+
+
+@pytest.fixture
+def rates(monkeypatch):
+    """Learning rates of all steps, by epoch."""
+    training_step, seen = StudentTraining.training_step, {}
+
+    def noted(self, batch):
+        seen.setdefault(self.current_epoch, set()).add(self.trainer.optimizers[0].param_groups[0]["lr"])
+        return training_step(self, batch)
+
+    monkeypatch.setattr(StudentTraining, "training_step", noted)
+    return seen
+
+
+def test_a_constant_rate_stays(scans, tmp_path, one_teacher, rates):
+    fit(scans, tmp_path / "model", settings(cosine_epochs=1))
+    assert rates == {0: {1e-3}, 1: {1e-3}}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_killed_run_of_pdd_goes_on_with_its_rate_and_to_the_bit(
+    scans, tmp_path, monkeypatch, one_teacher, rates, shared
+):
+    config = settings(epochs=4, schedule="cosine", cosine_epochs=2, batch_size=4)
+    config = replace(config, method=MethodConfig("pdd", pdd=PDDConfig(shared_students=shared)))
+    whole = fit(scans, tmp_path / "whole", config)
+    expected = {epoch: [pytest.approx(cosine_rate(epoch, start=1e-3, period=2))] for epoch in range(4)}
+    assert {epoch: list(each) for epoch, each in rates.items()} == expected
+    on_train_epoch_end = StudentTraining.on_train_epoch_end
+
+    def killed_in_epoch_2(self):
+        on_train_epoch_end(self)
+        if self.current_epoch == 2:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StudentTraining, "on_train_epoch_end", killed_in_epoch_2)
+        with pytest.raises(Killed):
+            fit(scans, tmp_path / "model", config)
+    rates.clear()
+    resumed = fit(scans, tmp_path / "model", config)
+    assert {epoch: list(each) for epoch, each in rates.items()} == {epoch: expected[epoch] for epoch in (2, 3)}
+    assert digest(resumed) == digest(whole)
+    assert resumed.facts == whole.facts
+    assert progress(tmp_path / "model") == progress(tmp_path / "whole")
+    last = [torch.load(tmp_path / name / "training/last.ckpt", weights_only=True) for name in ("model", "whole")]
+    assert state_digest(last[0]["state_dict"]) == state_digest(last[1]["state_dict"])
+    assert digest(whole) != state_digest(build_method("pdd", [whole.method.teachers["local"]] * 2, seed=111).state_dict())
+
+
+@pytest.fixture
+def teacher_runs(monkeypatch):
+    """Numbers of images of all runs of a teacher."""
+    forward, runs = Teacher.forward, []
+
+    def noted(self, images):
+        runs.append(len(images))
+        return forward(self, images)
+
+    monkeypatch.setattr(Teacher, "forward", noted)
+    return runs
+
+
+#: What validation runs the teacher on: 2 tasks x (one held-out normal, and again with a lesion, and 2 supports).
+VALIDATED = 2 * (2 + 2)
+
+
+def test_features_on_disk_serve_later_runs_and_other_methods(scans, tmp_path, monkeypatch, one_teacher, teacher_runs):
+    monkeypatch.setenv("ANATOMALY_CACHE", str(tmp_path / "cache"))
+    fit(scans, tmp_path / "first", settings(cache_disk_gib=1.0))
+    assert sum(teacher_runs) == 10 + VALIDATED
+    stored = sorted((tmp_path / "cache/features").rglob("*.safetensors"))
+    assert len(stored) == 10
+    values = [tensor for name, tensor in read_tensors(stored[0]).items() if name.startswith("level")]
+    assert [tensor.dtype for tensor in values] == [torch.float16] * 4
+    teacher_runs.clear()
+    second = fit(scans, tmp_path / "second", settings(cache_disk_gib=1.0, cache_gib=0.0))
+    assert sum(teacher_runs) == VALIDATED
+    assert digest(second) == digest(Detector.load(tmp_path / "first", device="cpu"))
+    assert progress(tmp_path / "second") == progress(tmp_path / "first")
+    teacher_runs.clear()
+    one_class = replace(settings(epochs=1, cache_disk_gib=1.0), method=MethodConfig("pdd"))
+    fit(scans, tmp_path / "third", one_class)
+    # Two teachers, which are the same here, and no supports.
+    assert sum(teacher_runs) == 2 * (2 * 2) + 2 * 2, "validation, and the colour scales"
+    assert len(list((tmp_path / "cache/features").rglob("*.safetensors"))) == 10
+    teacher_runs.clear()
+    fit(scans, tmp_path / "fourth", settings(epochs=1, preprocessing=Preprocessing((64, 96)), cache_disk_gib=1.0))
+    assert sum(teacher_runs) == 10 + VALIDATED, "another input size is another image"
+
+
+@pytest.mark.parametrize("disk", [0.0, 1.0])
+def test_only_a_disk_cache_rounds_features(scans, tmp_path, monkeypatch, one_teacher, disk):
+    monkeypatch.setenv("ANATOMALY_CACHE", str(tmp_path / "cache"))
+    training_loss, seen = D24FAD.training_loss, []
+
+    def noted(self, query, support):
+        seen.extend([*query["teacher"], *support["teacher"]])
+        return training_loss(self, query, support)
+
+    monkeypatch.setattr(D24FAD, "training_loss", noted)
+    fit(scans, tmp_path / "model", settings(epochs=1, cache_disk_gib=disk))
+    assert len(seen) == 2 * (4 + 1)
+    assert all(level.dtype == torch.float32 for level in seen)
+    assert [torch.equal(level, level.half().float()) for level in seen] == [disk > 0] * len(seen)
+    assert (tmp_path / "cache").exists() == (disk > 0)
