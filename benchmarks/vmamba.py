@@ -108,9 +108,8 @@ def onnx(args):
             started = time.perf_counter()
             side()
             times[name].append(time.perf_counter() - started)
-    print(
-        f"ONNX: exported in {seconds:.0f} s, {mib:.0f} MiB, {exported.nodes} nodes, parity {exported.parity:.1e}; a forward:"
-    )
+    facts = f"{mib:.0f} MiB, {exported.nodes} nodes, parity {exported.parity:.0e}"
+    print(f"ONNX: {seconds:.0f} s to export, {facts}; forward:")
     print(", ".join(f"{name} {statistics.median(values[1:]):.3f} s" for name, values in times.items()) + "\n")
 
 

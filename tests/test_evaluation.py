@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from anatomaly.errors import ConfigError, ManifestError
-from anatomaly.evaluation import evaluate, table_of, write_evaluations
+from anatomaly.evaluation import evaluate, pooled, table_of, write_evaluations
 from anatomaly.metrics import auroc, bootstrap, image_metrics, pixel_metrics, pool_by_patient
 from anatomaly.types import Intensity
 
@@ -288,3 +288,24 @@ def test_json_of_a_single_draw_holds_no_nan(results, tmp_path):
         raise AssertionError(constant)
 
     json.loads(text, parse_constant=refuse)
+
+
+def test_a_multi_class_model_is_also_judged_over_all_tasks(phantom, make_detector, tmp_path):
+    detector = make_detector("pdd")
+    tasks = phantom.tasks[:2]
+    results = [evaluate(detector, phantom, task=task)[0] for task in tasks]
+    whole = pooled(results)
+    scores = np.concatenate([result.scores[0] for result in results])
+    labels = np.concatenate([[sample.label for sample in result.samples] for result in results])
+    assert whole.metrics == (image_metrics(scores, labels),)
+    patients = [f"{sample.task}/{sample.patient_id}" for sample in whole.samples]
+    assert whole.interval == bootstrap(auroc, scores[None], labels, groups=patients, samples=10)
+    write_evaluations([*results, whole], tmp_path)
+    with (tmp_path / "scores.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["task"] for row in rows] == [sample.task for sample in whole.samples], "every image once"
+    assert json.loads((tmp_path / "evaluation.json").read_text())[-1]["task"] == "all tasks"
+    columns, cells, note = table_of([("", result) for result in (*results, whole)])
+    assert "K" not in columns
+    assert [row[0] for row in cells] == [*tasks, "all tasks"]
+    assert "support draws" not in note

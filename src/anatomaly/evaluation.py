@@ -210,6 +210,32 @@ def _evaluation(
     )
 
 
+def pooled(results: Sequence[Evaluation], *, name: str = "all tasks") -> Evaluation:
+    """All tasks of one multi-class model judged together: one ranking over every test image.
+
+    Args:
+        results: Evaluations of different tasks by the same method without support.
+        name: What to call the whole.
+
+    Returns:
+        An evaluation with image metrics only; a patient is one within its task.
+    """
+    samples = tuple(sample for result in results for sample in result.samples)
+    scores = np.concatenate([result.scores for result in results], axis=1)
+    labels = np.array([sample.label for sample in samples])
+    patients = [f"{sample.task}/{sample.patient_id}" for sample in samples if sample.patient_id is not None]
+    return Evaluation(
+        task=name,
+        shots=0,
+        samples=samples,
+        unreadable=tuple(failure for result in results for failure in result.unreadable),
+        supports=((),),
+        scores=scores,
+        metrics=(image_metrics(scores[0], labels),),
+        interval=bootstrap(auroc, scores, labels, groups=patients if len(patients) == len(samples) else None),
+    )
+
+
 def table_of(results: Sequence[tuple[str, Evaluation]]) -> tuple[list[str], list[list[str]], str]:
     """Lay evaluations out as a table.
 
@@ -282,6 +308,8 @@ def write_evaluations(results: Sequence[Evaluation], out: Path) -> None:
             names_of_supports = ";".join(sample.name for sample in supports)
             cells: list[object] = [result.task, result.shots, number]
             draws.append([*cells, names_of_supports, *(metrics.get(name) for name in names)])
+            if any(sample.task != result.task for sample in result.samples):
+                continue  # `pooled`: its tasks have their own rows
             scores += [
                 [*cells, sample.path, sample.frame, sample.patient_id, sample.label, score]
                 for sample, score in zip(result.samples, result.scores[number].tolist(), strict=True)

@@ -130,7 +130,7 @@ def evaluate_arguments(parser: ArgumentParser) -> None:
 def run_evaluate(options: Namespace) -> int:
     """Run `evaluate`."""
     from anatomaly.data.manifest import load_manifest
-    from anatomaly.evaluation import evaluate, write_evaluations
+    from anatomaly.evaluation import evaluate, pooled, write_evaluations
 
     manifest = load_manifest(Path(options.data))
     detector = _load(options)
@@ -145,7 +145,11 @@ def run_evaluate(options: Namespace) -> int:
             seed=options.seed,
             batch_size=options.batch_size,
         )
-    print_table(f"{options.model}: {options.draws} support draws", [("", result) for result in results])
+    title = f"{options.model}: {options.draws} support draws"
+    if not detector.method.needs_support:
+        title = options.model
+        results += [pooled(results)] if len(results) > 1 else []
+    print_table(title, [("", result) for result in results])
     if options.out is not None:
         write_evaluations(results, Path(options.out))
     return 0
