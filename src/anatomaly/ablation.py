@@ -16,7 +16,7 @@ from anatomaly.config import FitConfig, MethodConfig, TeacherConfig
 from anatomaly.errors import ConfigError
 from anatomaly.evaluation import evaluate, write_evaluations
 from anatomaly.metrics import auroc, bootstrap, summarise_draws
-from anatomaly.protocols import leave_one_task_out
+from anatomaly.protocols import leave_one_task_out, samples_to_test
 from anatomaly.results import write_whole
 from anatomaly.training import fit
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from anatomaly.data.manifest import Manifest
+    from anatomaly.types import Sample
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +47,12 @@ def _d24fad(**changes: object) -> Callable[[FitConfig], FitConfig]:
     return lambda base: replace(base, method=replace(base.method, name="d24fad", **changes))  # type: ignore[arg-type]
 
 
+def _one_student(**changes: object) -> Callable[[FitConfig], FitConfig]:
+    return _pdd(two_students=False, shared_students=False, **changes)  # one student shares its weights with none
+
+
 def _reverse_distillation(base: FitConfig) -> FitConfig:
-    return replace(_pdd(mpa=False, two_students=False)(base), global_teacher=TeacherConfig("none"))
+    return replace(_one_student(mpa=False)(base), global_teacher=TeacherConfig("none"))
 
 
 def _nearest(base: FitConfig) -> FitConfig:
@@ -62,8 +67,8 @@ def _nearest_global(base: FitConfig) -> FitConfig:
 ABLATIONS: Mapping[str, Mapping[str, Callable[[FitConfig], FitConfig]]] = {
     "pdd": {
         "one teacher, one student": _reverse_distillation,
-        "+ global teacher (InA, MMU)": _pdd(mpa=False, two_students=False),
-        "+ priors (MPA)": _pdd(two_students=False),
+        "+ global teacher (InA, MMU)": _one_student(mpa=False),
+        "+ priors (MPA)": _one_student(),
         "+ second student (PDD)": _pdd(),
         "PDD without diversity loss": _pdd(diversity_weight=0.0),
         "PDD, students alike": _pdd(relation="alike"),
@@ -139,15 +144,19 @@ def run_ablation(
         Rows by task, in the table's order.
 
     Raises:
-        ConfigError: A row or task is unknown, or `out` holds cells with other settings.
+        ConfigError: A row is unknown, a task has no test rows, no seeds, or `out` holds cells with other settings.
+        ManifestError: A task is unknown.
         Errors of `fit` and `evaluate` otherwise.
     """
     table = ABLATIONS[method]
     if unknown := [name for name in rows if name not in table]:
         raise ConfigError(f"ablation: unknown row {unknown[0]!r}, expected one of {'; '.join(table)}.")
+    if not seeds:
+        raise ConfigError("ablation: seeds is empty, expected at least one. Pass --seeds [0].")
     chosen = [name for name in table if not rows or name in rows]
+    tests = {task: samples_to_test(manifest, task) for task in tasks or manifest.tasks}
     results = []
-    for task in tasks or manifest.tasks:
+    for task in tests:
         if method == "pdd":
             train = manifest.select(task=task)
         else:
@@ -162,7 +171,7 @@ def run_ablation(
                 supports, drawn = (shots, draws) if method == "d24fad" else (0, 1)
                 if method == "pdd" and detector.method.needs_support:
                     supports = min(NEIGHBOURS, sum(row.label != 1 for row in manifest.select(task=task, split="train")))
-                if not _judged(cell, supports, drawn):
+                if not _judged(cell, supports, drawn, tests[task]):
                     found = evaluate(detector, manifest, task=task, shots=[supports], draws=drawn, seed=seed)
                     write_evaluations(found, cell)
             results.append(_summarise(task, name, cells))
@@ -170,13 +179,17 @@ def run_ablation(
     return results
 
 
-def _judged(cell: Path, shots: int, draws: int) -> bool:
-    """Whether a cell holds the figures of these supports."""
+def _judged(cell: Path, shots: int, draws: int, tests: Sequence[Sample]) -> bool:
+    """Whether a cell holds the figures of these supports and test rows."""
     try:
         (facts,) = json.loads((cell / "evaluation.json").read_text(encoding="utf-8"))
+        with (cell / "scores.csv").open(encoding="utf-8", newline="") as stream:
+            scored = {(row["path"], row["frame"], row["label"]) for row in csv.DictReader(stream)}
     except FileNotFoundError:
         return False
-    return (facts["shots"], facts["draws"]) == (shots, draws)
+    wanted = {(str(row.path), "" if row.frame is None else str(row.frame), str(row.label)) for row in tests}
+    same = scored <= wanted and len(scored) + len(facts["unreadable"]) == len(tests)
+    return same and (facts["shots"], facts["draws"]) == (shots, draws)
 
 
 def _slug(name: str) -> str:

@@ -89,6 +89,8 @@ def _parse(name: str, words: Sequence[str]) -> Namespace:
     command.arguments(parser)
     try:
         options: Namespace = parser.instantiate(parser.parse_args(_with_presets(words)))
+        if preset := options.get("preset"):  # from a file, where what it should give way to cannot be told
+            raise ConfigError(f"{name}: a preset cannot be named in a file. Give it as a flag: --preset {preset}.")
         return options
     except ArgumentError as err:
         message = _plain(str(err))

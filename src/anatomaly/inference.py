@@ -304,6 +304,9 @@ class Detector:
                 "Give --support or --bank, or call set_support(images)."
             )
         rule = intensity or self.task_intensity.get(task, self.preprocessing.intensity)
+        if rule.rule == "percentile":
+            known = ", ".join(self.task_intensity) or "none"
+            raise ConfigError(f"task {task!r} has no fixed range; choose another --task ({known}) or give --intensity.")
         low, high = self.facts.get("map_ranges", {}).get(task, (0.0, 2.0))
         return SupportBank(
             tensors={},
@@ -388,8 +391,7 @@ class Detector:
 
     def compare(self, encoded: Sequence[Tensor], bank: SupportBank) -> Scored:
         """Maps, scores and weights of encoded images against one bank."""
-        size = self.preprocessing.size
-        return compare_tensor(self.method, encoded, bank.tensors, size=size, scoring=self.scoring)
+        return compare_tensor(self.method, encoded, bank.tensors, size=self.preprocessing.size, scoring=self.scoring)
 
     def _score(self, items: Sequence[tuple[Sample, Prepared]], bank: SupportBank) -> list[Prediction]:
         if not items:

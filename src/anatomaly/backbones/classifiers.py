@@ -107,11 +107,8 @@ def classifier_of(teacher: Teacher, spec: TimmSpec | VMambaSpec) -> Classifier:
     side = 4 * teacher.strides[-1]
     with torch.no_grad():
         probe = full.forward_features(torch.zeros(1, 3, side, side, device=teacher.mean.device))
-    if (
-        not isinstance(probe, torch.Tensor)
-        or probe.ndim != 4
-        or full.num_features not in (probe.shape[1], probe.shape[3])
-    ):
+    is_grid = isinstance(probe, torch.Tensor) and probe.ndim == 4
+    if not is_grid or full.num_features not in (probe.shape[1], probe.shape[3]):
         return Classifier(teacher, deepest, None, "its head does not read a grid of features")
     channels_first = probe.shape[1] == full.num_features
     return Classifier(teacher, activate, head)

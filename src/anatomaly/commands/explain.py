@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anatomaly.commands.console import fail, progress
-from anatomaly.commands.judge import _load, _model_arguments, _support_rows
+from anatomaly.commands.judge import load_detector, model_arguments, support_rows
 from anatomaly.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def _classifier(teacher: Namespace, device: str) -> Classifier:
 
 def supports_arguments(parser: ArgumentParser) -> None:
     """Options of `explain supports`."""
-    _model_arguments(parser)
+    model_arguments(parser)
     _image_arguments(parser)
     parser.add_argument("--support", type=str, required=True, help="Folder or manifest of K normal images.")
     parser.add_argument("--shots", type=int | None, default=None, help="Take only so many of the support images.")
@@ -124,9 +124,9 @@ def run_supports(options: Namespace) -> int:
 
     from anatomaly.explain.supports import check_supports, explain_supports, summarise_supports  # takes seconds to load
 
-    detector = _load(options)
+    detector = load_detector(options)
     check_supports(detector)
-    supports = _support_rows(Path(options.support), options.task, options.shots)
+    supports = support_rows(Path(options.support), options.task, options.shots)
     detector.set_support(supports, task=options.task, intensity=options.intensity)
     pictures = [load(row, detector.ready().preprocessing).display for row in supports]
     with progress(len(samples)) as advance:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
 
-def _model_arguments(parser: ArgumentParser) -> None:
+def model_arguments(parser: ArgumentParser) -> None:
     """Options of every command that loads a model."""
     from typing import Literal
 
@@ -24,7 +24,8 @@ def _model_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, default=16, help="Images per forward pass; changes no score.")
 
 
-def _load(options: Namespace) -> Any:
+def load_detector(options: Namespace) -> Any:
+    """The model that `model_arguments` describe, ready to judge."""
     from anatomaly.inference import Detector
 
     if options.batch_size < 1:
@@ -42,7 +43,7 @@ def predict_arguments(parser: ArgumentParser) -> None:
     """Options of `predict`."""
     from anatomaly.types import Intensity
 
-    _model_arguments(parser)
+    model_arguments(parser)
     parser.add_argument("--images", type=str, required=True, help="File, folder or manifest of images to judge.")
     parser.add_argument("--support", type=str, help="Folder or manifest of K normal images of the same kind; not PDD.")
     parser.add_argument("--shots", type=int | None, default=None, help="Take only so many of the support images.")
@@ -72,7 +73,13 @@ def run_predict(options: Namespace) -> int:
     images = Path(options.images)
     single = images.is_file() and images.suffix.lower() not in (".csv", ".json")
     samples = samples_of(images, task=options.task) if single else load_manifest(images, task=options.task).samples
-    detector = _load(options)
+    detector = load_detector(options)
+    of_support = (options.support, options.bank, options.shots, options.save_bank)
+    if not detector.method.needs_support and any(option is not None for option in of_support):
+        raise ConfigError(
+            f"predict: {detector.facts['method']['name']} learned what is normal in training and compares with no "
+            "support images. Leave out --support, --bank, --shots and --save_bank."
+        )
     pictures = []
     if options.bank is not None:
         detector.load_support(options.bank)
@@ -81,7 +88,7 @@ def run_predict(options: Namespace) -> int:
             raise ConfigError("predict: --shots and --save_bank need --support (normal images).")
         detector.set_task(options.task, intensity=options.intensity)
     else:
-        supports = _support_rows(Path(options.support), options.task, options.shots)
+        supports = support_rows(Path(options.support), options.task, options.shots)
         detector.set_support(supports, task=options.task, intensity=options.intensity)
         pictures = [load(row, detector.ready().preprocessing).display for row in supports]
     if options.save_bank is not None:
@@ -105,7 +112,7 @@ def run_predict(options: Namespace) -> int:
     return 0
 
 
-def _support_rows(source: Path, task: str, shots: int | None) -> Any:
+def support_rows(source: Path, task: str, shots: int | None) -> Any:
     """Normal rows of a folder or table: those of split train where it has any, never one that is labelled anomalous."""
     from anatomaly.data.manifest import load_manifest
 
@@ -118,7 +125,7 @@ def _support_rows(source: Path, task: str, shots: int | None) -> Any:
 
 def evaluate_arguments(parser: ArgumentParser) -> None:
     """Options of `evaluate`."""
-    _model_arguments(parser)
+    model_arguments(parser)
     parser.add_argument("--data", type=str, required=True, help="Folder or manifest: normals in train, a test split.")
     parser.add_argument("--tasks", type=list[str] | None, default=None, help="Tasks to test; default all in the data.")
     parser.add_argument("--shots", type=list[int] | int, default=[2, 4, 8], help="Values of K; not PDD.")
@@ -133,7 +140,7 @@ def run_evaluate(options: Namespace) -> int:
     from anatomaly.evaluation import evaluate, pooled, write_evaluations
 
     manifest = load_manifest(Path(options.data))
-    detector = _load(options)
+    detector = load_detector(options)
     results = []
     for task in options.tasks or manifest.tasks:
         results += evaluate(
