@@ -126,13 +126,6 @@ def test_vmamba_is_read_with_its_own_classifier(images):
     torch.testing.assert_close(seen.maps, expected.detach(), rtol=1e-4, atol=1e-6)
 
 
-def test_a_model_with_channels_last_is_read_in_its_own_order(images):
-    found = classifier_of(build_backbone("timm/mambaout_femto", weights="random"), TimmSpec("mambaout_femto"))
-    with torch.no_grad():
-        assert found.activate(images).shape == (2, 288, 2, 3)
-    assert (found.kind, found.look(images).maps.shape) == ("grad-cam", (2, 2, 3))
-
-
 def test_without_a_head_it_is_eigen_cam_and_the_reason_is_told(resnet, images, tmp_path):
     import timm
 

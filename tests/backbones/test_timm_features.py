@@ -211,3 +211,13 @@ def test_torchvisions_wide_resnet_is_the_same_network(golden_files):
             expected.append(x)
     for level, truth in zip(teacher(batch), expected, strict=True):
         assert float((level - truth).norm() / truth.norm()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("timm/vit_tiny_patch16_224", "takes no images of"), ("timm/mambaout_femto", r"expected \(B, C, h, w\)")],
+)
+def test_a_model_without_a_usable_pyramid_is_refused(name, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        build_backbone(name, weights="random")
+    assert "\n" not in str(error.value)

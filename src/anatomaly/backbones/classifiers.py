@@ -79,8 +79,8 @@ def classifier_of(teacher: Teacher, spec: TimmSpec | VMambaSpec) -> Classifier:
     """
 
     def deepest(images: Tensor) -> Tensor:
-        levels = teacher(images)
-        return _channels_first(levels[-1], teacher.channels[-1])
+        levels: tuple[Tensor, ...] = teacher(images)
+        return levels[-1]
 
     body = teacher.body
     if isinstance(body, VMamba):
@@ -97,26 +97,19 @@ def classifier_of(teacher: Teacher, spec: TimmSpec | VMambaSpec) -> Classifier:
 
     def activate(images: Tensor) -> Tensor:
         scaled = (images - teacher.mean) / teacher.std if teacher.normalise else images
-        return _channels_first(full.forward_features(scaled), full.num_features)
+        activation: Tensor = full.forward_features(scaled)
+        return activation
 
     def head(activation: Tensor) -> Tensor:
-        own_order = activation if channels_first else activation.permute(0, 2, 3, 1)
-        logits: Tensor = full.forward_head(own_order)
+        logits: Tensor = full.forward_head(activation)
         return logits
 
     side = 4 * teacher.strides[-1]
     with torch.no_grad():
         probe = full.forward_features(torch.zeros(1, 3, side, side, device=teacher.mean.device))
-    is_grid = isinstance(probe, torch.Tensor) and probe.ndim == 4
-    if not is_grid or full.num_features not in (probe.shape[1], probe.shape[3]):
+    if not (isinstance(probe, torch.Tensor) and probe.ndim == 4 and probe.shape[1] == full.num_features):
         return Classifier(teacher, deepest, None, "its head does not read a grid of features")
-    channels_first = probe.shape[1] == full.num_features
     return Classifier(teacher, activate, head)
-
-
-def _channels_first(activation: Tensor, channels: int) -> Tensor:
-    """(B, C, h, w) of features that some models give as (B, h, w, C)."""
-    return activation if activation.shape[1] == channels else activation.permute(0, 3, 1, 2)
 
 
 def _whole_model(teacher: Teacher, spec: Any) -> tuple[Any, str]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from anatomaly.backbones.weights import state_digest
-from anatomaly.errors import ShapeError
+from anatomaly.errors import ConfigError, ShapeError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,6 +39,9 @@ class Teacher(nn.Module):
         std: Per-channel divisor.
         weights: What the user asked for: "auto", "random" or a file.
         normalise: Scale [0, 1] input by mean and std; False feeds it as it is (D24FAD's release).
+
+    Raises:
+        ConfigError: The network takes images of one size only, or its levels are not (B, C, h, w).
     """
 
     mean: Tensor
@@ -70,7 +73,19 @@ class Teacher(nn.Module):
         self.requires_grad_(False)
         self.to(memory_format=torch.channels_last)  # 10-25 % faster on CPUs, much faster on GPUs in bf16
         super().train(False)
-        probe = self(torch.linspace(0, 1, 3 * (4 * self.strides[-1]) ** 2).view(1, 3, 4 * self.strides[-1], -1))
+        side = 4 * self.strides[-1]
+        try:
+            probe = self(torch.linspace(0, 1, 3 * side**2).view(1, 3, side, side))
+        except AssertionError as err:  # timm's way to say that a model takes images of one size only
+            raise ConfigError(
+                f"{name}: takes no images of {side}x{side} ({err}). Choose a convolutional model."
+            ) from err
+        if tuple((level.ndim, level.shape[1]) for level in probe) != tuple((4, count) for count in self.channels):
+            shapes = ", ".join(str(tuple(level.shape)) for level in probe)
+            raise ConfigError(
+                f"{name}: its levels are {shapes}, expected (B, C, h, w) with {self.channels} channels. "
+                "Choose another model."
+            )
         self.signed = any(bool((level < 0).any()) for level in probe)
 
     def facts(self) -> dict[str, object]:
