@@ -1,0 +1,164 @@
+"""The presets as the command line reads them: they hold the numbers of the papers and releases, and flags win."""
+
+import pytest
+
+from anatomaly.cli import main
+from anatomaly.config import FitConfig, PDDConfig
+from anatomaly.errors import ConfigError
+from anatomaly.presets import preset_file, preset_names
+from anatomaly.types import Intensity, Preprocessing
+
+#: What the specifications say, written down from them and not from the files.
+D24FAD = {
+    "teacher.name": "wide_resnet50_2",
+    "teacher.normalise": False,
+    "method.name": "d24fad",
+    "method.softmax_scale": "channels",
+    "method.tsd_weight": 0.1,
+    "method.self_distillation": True,
+    "method.learn_to_weight": True,
+    "preprocessing": Preprocessing((128, 128), "squash", "lanczos", Intensity()),
+    "scoring.blur": 4.0,
+    "training.epochs": 70,
+    "training.batch_size": 16,
+    "training.learning_rate": 1e-4,
+    "training.schedule": "constant",
+    "training.gradient_clip": 0.0,
+    "training.precision": "fp32",
+    "training.seed": 111,
+}
+PDD = {
+    "teacher.name": "timm/wide_resnet50_2.racm_in1k",
+    "teacher.normalise": True,
+    "global_teacher.name": "vmamba_tiny_merged",
+    "global_teacher.normalise": True,
+    "method.name": "pdd",
+    "preprocessing": Preprocessing((256, 256), "squash", "bilinear", Intensity()),
+    "scoring.blur": 4.0,
+    "scoring.pooling": "max",
+    "training.epochs": 100,
+    "training.batch_size": 10,
+    "training.learning_rate": 2e-3,
+    "training.schedule": "cosine",
+    "training.cosine_epochs": 40,
+    "training.gradient_clip": 0.0,
+    "training.precision": "fp32",
+}
+PARTS = {
+    "detach_targets": False,
+    "mpa": True,
+    "two_students": True,
+    "reconstruction_weight": 0.02,
+    "cosine_weight": 0.05,
+    "diversity_weight": 0.5,
+    "relation": "diverse",
+    "tau_low": 0.75,
+    "tau_high": 0.30,
+    "low_levels": 1,
+}
+EXPECTED = {
+    "d24fad-release": {
+        **D24FAD,
+        "method.distance": "flattened",
+        "scoring.pooling": "max",
+        "training.resample": False,
+    },
+    "d24fad-paper": {**D24FAD, "method.distance": "positionwise", "scoring.pooling": "mean"},
+    "pdd-release": {**PDD, "method.pdd": PDDConfig(shared_students=True, cosine_sign="release", **PARTS)},
+    "pdd-paper": {**PDD, "method.pdd": PDDConfig(shared_students=False, cosine_sign="paper", **PARTS)},
+}
+
+
+@pytest.fixture
+def settings_of(monkeypatch, phantom):
+    """settings_of(*words): the settings that `fit` or the ablation is called with."""
+
+    def call(*words, command=("fit",)):
+        called = []
+        monkeypatch.setattr("anatomaly.training.fit", lambda manifest, out, config: called.append(config))
+        monkeypatch.setattr(
+            "anatomaly.ablation.run_ablation", lambda manifest, out, base, **_: called.append(base) or []
+        )
+        where = ["--data", str(phantom.source), "--out", "unused"]
+        assert main([*command, *where, *map(str, words)]) == 0
+        (config,) = called
+        assert isinstance(config, FitConfig)
+        return config
+
+    return call
+
+
+@pytest.fixture
+def refused(capsys):
+    def call(*words):
+        capsys.readouterr()
+        assert main([*map(str, words)]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1
+        return err
+
+    return call
+
+
+def value(config, name):
+    for part in name.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def test_all_presets_are_known_here():
+    assert preset_names() == sorted(EXPECTED)
+    assert all(preset_file(name).is_file() for name in EXPECTED)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_preset_holds_the_numbers_of_its_source(name, settings_of):
+    config = settings_of("--preset", name)
+    assert {key: value(config, key) for key in EXPECTED[name]} == EXPECTED[name]
+    assert (config.teacher.weights, config.global_teacher.weights) == ("auto", "auto")
+    assert config.task_intensity == {}
+    assert settings_of(f"--preset={name}") == config
+    assert settings_of("--config", preset_file(name)) == config
+    assert settings_of("--preset", name, command=("benchmark", "ablation", name.split("-")[0])) == config
+
+
+def test_what_comes_later_wins(settings_of, tmp_path):
+    pdd = ("--preset", "pdd-release")
+    config = settings_of(*pdd, "--training.epochs=3", "--method.pdd.tau_low=0.5", "--teacher.name=efficientnet_lite0")
+    assert (config.training.epochs, config.training.batch_size) == (3, 10)
+    assert config.method.pdd == PDDConfig(shared_students=True, cosine_sign="release", **{**PARTS, "tau_low": 0.5})
+    assert (config.teacher.name, config.global_teacher.name) == ("efficientnet_lite0", "vmamba_tiny_merged")
+    assert settings_of("--training.epochs=3", *pdd).training.epochs == 100
+    file = tmp_path / "mine.yaml"
+    file.write_text("training: {epochs: 4}\nscoring: {pooling: mean}\n")
+    config = settings_of(*pdd, "--config", file, "--scoring.blur=2")
+    assert (config.training.epochs, config.training.batch_size) == (4, 10)
+    assert (config.scoring.pooling, config.scoring.blur) == ("mean", 2.0)
+    assert settings_of("--preset=d24fad-paper", *pdd).method.name == "pdd"
+
+
+@pytest.mark.parametrize("words", [["--preset", "pdd-papr"], ["--preset=pdd-papr"]])
+def test_an_unknown_preset_names_the_nearest(words, refused):
+    line = refused("fit", "--data", "x", "--out", "y", *words)
+    assert "preset: unknown name 'pdd-papr', expected one of d24fad-paper, d24fad-release, pdd-paper" in line
+    assert line.endswith("Did you mean pdd-paper?\n")
+
+
+def test_a_name_like_none_gets_no_hint_and_no_path_is_followed():
+    with pytest.raises(ConfigError, match=r"expected one of .*pdd-release\.$"):
+        preset_file("xyzzy")
+    with pytest.raises(ConfigError):
+        preset_file("../presets/pdd-paper")
+
+
+@pytest.mark.parametrize("words", [["--preset"], ["--preset="], ["--preset", "--training.epochs=3"]])
+def test_a_preset_without_a_name_is_one_line(words, refused):
+    assert "preset" in refused("fit", "--data", "x", "--out", "y", *words)
+
+
+def test_a_preset_in_a_file_is_refused_and_not_passed_over(refused, tmp_path):
+    """It would have to come before the file's other settings, and would be silently without effect."""
+    file = tmp_path / "mine.yaml"
+    file.write_text("preset: pdd-paper\n")
+    line = refused("fit", "--data", "x", "--out", "y", "--config", file)
+    assert "--preset pdd-paper" in line
