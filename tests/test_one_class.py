@@ -185,7 +185,7 @@ def test_support_is_refused_where_there_is_none_and_needed_where_there_is(severa
     normals = phantom.select(task="head_ct", split="train").samples
     with pytest.raises(ConfigError, match=r"^support: pdd learned what is normal in training .*Leave out --support"):
         several[1].set_support(normals[:2], task="head_ct")
-    with pytest.raises(ConfigError, match=r"^support: d24fad needs normal images of the task .*set_support\(images\)"):
+    with pytest.raises(ConfigError, match=r"^support: d24fad needs normal images to compare with\. Give"):
         make_detector().set_task("head_ct")
 
 
@@ -280,7 +280,7 @@ def test_a_few_shot_model_without_support_is_told_so(make_detector, phantom, tmp
     make_detector().save(tmp_path / "model")
     where = ("--model", tmp_path / "model", "--out", tmp_path / "out", "--device=cpu")
     line = refused("predict", *where, "--images", judged(phantom)[0].path)
-    assert line.startswith("anatomaly: support: d24fad needs normal images of the task to compare with. Give --support")
+    assert line.startswith("anatomaly: support: d24fad needs normal images to compare with. Give --support")
 
 
 def test_a_percentile_that_no_task_fixed_is_one_line(phantom, tmp_path, refused):
@@ -290,10 +290,11 @@ def test_a_percentile_that_no_task_fixed_is_one_line(phantom, tmp_path, refused)
     detector = fit(phantom.select(task="head_ct"), tmp_path / "m", config)
     words = predict((tmp_path / "m",), tmp_path / "out", "--images", judged(phantom)[0].path)
     assert detector.empty_bank("head_ct").preprocessing.intensity.rule == "range"
-    line = refused(*words)
-    assert "task 'task' has no fixed range; choose another --task (head_ct) or give --intensity." in line
+    line = refused(*words, "--task=chest_ct")
+    assert "task 'chest_ct' has no fixed range; choose another --task (head_ct) or give --intensity." in line
     assert not (tmp_path / "out").exists()
-    assert main([str(word) for word in (*words, "--task=head_ct")]) == 0
+    assert detector.empty_bank("task").map_range == detector.empty_bank("head_ct").map_range, "unnamed: the only one"
+    assert main([str(word) for word in words]) == 0
 
 
 # --- from image folders to figures, and the official checkpoint ---

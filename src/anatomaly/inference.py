@@ -156,8 +156,7 @@ class Detector:
         check_scoring(scoring)
         self.device = torch.device(choose_device(device))
         self.method = method.to(self.device).eval()
-        for teacher in self.method.teachers.values():
-            teacher.to(self.device)
+        torch.nn.ModuleList(self.method.teachers.values()).to(self.device)
         self.preprocessing = preprocessing
         self.task_intensity = dict(task_intensity or {})
         self.scoring = scoring
@@ -299,15 +298,15 @@ class Detector:
     def empty_bank(self, task: str, *, intensity: Intensity | None = None) -> SupportBank:
         """Like `set_task`, but only return the bank; a `ConfigError` where the method needs support images."""
         if self.method.needs_support:
-            raise ConfigError(
-                f"support: {self.facts['method']['name']} needs normal images of the task to compare with. "
-                "Give --support or --bank, or call set_support(images)."
-            )
+            name = self.facts["method"]["name"]
+            raise ConfigError(f"support: {name} needs normal images to compare with. Give --support or --bank.")
+        ranges = self.facts.get("map_ranges", {})
+        task = next(iter(ranges)) if task == "task" and len(ranges) == 1 else task  # unnamed: the one it was trained on
         rule = intensity or self.task_intensity.get(task, self.preprocessing.intensity)
         if rule.rule == "percentile":
             known = ", ".join(self.task_intensity) or "none"
             raise ConfigError(f"task {task!r} has no fixed range; choose another --task ({known}) or give --intensity.")
-        low, high = self.facts.get("map_ranges", {}).get(task, (0.0, 2.0))
+        low, high = ranges.get(task, (0.0, 2.0))
         return SupportBank(
             tensors={},
             task=task,
