@@ -292,3 +292,19 @@ def test_tensors_on_two_devices_are_refused(name):
     inputs = make_case((2, 3, 4, 5, 2, 3))
     with pytest.raises(ShapeError, match=f"{name} is on meta, u on cpu"):
         cross_selective_scan(**inputs | {name: inputs[name].to("meta")})
+
+
+def test_autocast_does_not_reach_a_kernel_that_multiplies_matrices(monkeypatch):
+    """The Triton kernel projects the time step with torch; here a stand-in for it looks around."""
+    seen = []
+
+    class Kernel:
+        @staticmethod
+        def scan_image(u, *rest):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return u
+
+    monkeypatch.setattr("anatomaly.backbones.cross_scan.kernel", lambda backend: Kernel)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        cross_selective_scan(**make_case((1, 2, 3, 4, 2, 3)), backend="numba")
+    assert seen == [False]

@@ -102,7 +102,8 @@ def cross_selective_scan(
         return torch.zeros_like(u)
     if chosen in ("numba", "triton"):
         arguments = (tensor.detach().float() for tensor in (u, projected, dt_weight, dt_bias, A, D))
-        merged: Tensor = kernel(chosen).scan_image(*arguments)
+        with no_autocast(u):
+            merged: Tensor = kernel(chosen).scan_image(*arguments)
         return merged.to(u.dtype)
     walks = [cross_scan(projected[..., g, :].permute(0, 3, 1, 2))[:, g] for g in range(4)]
     own = torch.stack(walks, dim=1)  # (B, 4, R + 2N, L), every walk's own part in its own order

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import importlib
 import logging
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Backend = Literal["auto", "ref", "chunked", "numba", "triton", "onnx"]
-
-Scan = TypeVar("Scan", bound="Callable[..., Tensor]")
 
 #: Pieces that `selective_scan_chunked` runs side by side, and positions in each: larger needs more memory, fewer steps.
 CHUNK = 16
@@ -94,19 +92,6 @@ def no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
-def _in_float32(scan: Scan) -> Scan:
-    """Keep autocast out of the recurrence."""
-
-    @functools.wraps(scan)
-    def run(u: Tensor, *args: Any, **options: Any) -> Tensor:
-        with no_autocast(u):
-            result: Tensor = scan(u, *args, **options)
-        return result
-
-    return cast("Scan", run)
-
-
-@_in_float32
 def selective_scan_ref(
     u: Tensor,
     delta: Tensor,
@@ -119,28 +104,9 @@ def selective_scan_ref(
     delta_softplus: bool = False,
 ) -> Tensor:
     """The definition of `selective_scan`, one step of Python a position; float64 input is computed in float64."""
-    dtype = torch.promote_types(u.dtype, torch.float32)
-    x, step, a, b, c = (tensor.to(dtype) for tensor in (u, delta, A, B, C))
-    if delta_bias is not None:
-        step = step + delta_bias.to(dtype)[:, None]
-    if delta_softplus:
-        step = F.softplus(step)
-    per_group = x.shape[1] // b.shape[1]
-    b, c = b.repeat_interleave(per_group, dim=1), c.repeat_interleave(per_group, dim=1)  # (B, G * D, N, L)
-    decay = torch.exp(torch.einsum("brl,rn->lbrn", step, a))
-    drive = torch.einsum("brl,brnl,brl->lbrn", step, b, x)
-    h = x.new_zeros(*x.shape[:2], a.shape[1])  # (B, G * D, N)
-    outputs = []
-    for position in range(x.shape[2]):
-        h = decay[position] * h + drive[position]
-        outputs.append(torch.einsum("brn,brn->br", h, c[..., position]))
-    y = torch.stack(outputs, dim=-1) if outputs else torch.zeros_like(x)
-    if D is not None:
-        y = y + D.to(dtype)[:, None] * x
-    return y.to(u.dtype)
+    return _in_torch(_loop, u, delta, A, B, C, D, delta_bias, delta_softplus)
 
 
-@_in_float32
 def selective_scan_chunked(
     u: Tensor,
     delta: Tensor,
@@ -158,12 +124,48 @@ def selective_scan_chunked(
     state at each piece's end is handed to the next one, and every position adds its share of it, the running product of
     exp(delta A).  Only products of these occur, so nothing overflows where the recurrence itself does not.
     """
-    dtype = torch.promote_types(u.dtype, torch.float32)
-    x, step, a, b, c = (tensor.to(dtype) for tensor in (u, delta, A, B, C))
-    if delta_bias is not None:
-        step = step + delta_bias.to(dtype)[:, None]
-    if delta_softplus:
-        step = F.softplus(step)
+    return _in_torch(_pieces, u, delta, A, B, C, D, delta_bias, delta_softplus)
+
+
+def _in_torch(
+    recurrence: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor],
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> Tensor:
+    """All of `selective_scan` around y = <C, h>: float32 or better whatever autocast says, bias, softplus and skip."""
+    with no_autocast(u):
+        dtype = torch.promote_types(u.dtype, torch.float32)
+        x, step, a, b, c = (tensor.to(dtype) for tensor in (u, delta, A, B, C))
+        if delta_bias is not None:
+            step = step + delta_bias.to(dtype)[:, None]
+        y = recurrence(x, F.softplus(step) if delta_softplus else step, a, b, c)
+        if D is not None:
+            y = y + D.to(dtype)[:, None] * x
+        return y.to(u.dtype)
+
+
+def _loop(x: Tensor, step: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """The recurrence of `selective_scan_ref`: exp(delta A) of all positions, then position by position."""
+    per_group = x.shape[1] // b.shape[1]
+    b, c = b.repeat_interleave(per_group, dim=1), c.repeat_interleave(per_group, dim=1)  # (B, G * D, N, L)
+    decay = torch.exp(torch.einsum("brl,rn->lbrn", step, a))
+    drive = torch.einsum("brl,brnl,brl->lbrn", step, b, x)
+    h = x.new_zeros(*x.shape[:2], a.shape[1])  # (B, G * D, N)
+    outputs = []
+    for position in range(x.shape[2]):
+        h = decay[position] * h + drive[position]
+        outputs.append(torch.einsum("brn,brn->br", h, c[..., position]))
+    return torch.stack(outputs, dim=-1) if outputs else torch.zeros_like(x)
+
+
+def _pieces(x: Tensor, step: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """The recurrence of `selective_scan_chunked`."""
     batch, rows, length = x.shape
     groups, states = b.shape[1], a.shape[1]
     section = CHUNK * CHUNK if length > CHUNK * CHUNK else -(-length // CHUNK) * CHUNK
@@ -192,10 +194,7 @@ def selective_scan_chunked(
         state = torch.addcmul(torch.stack(local), torch.stack(share), torch.stack(begins, dim=-1))
         part = (state * pieces(c, start)).sum(-2)  # (T, B, G, D, M)
         outputs.append(part.permute(1, 2, 3, 4, 0).reshape(batch, rows, section))
-    y = torch.cat(outputs, dim=-1)[..., :length] if outputs else torch.zeros_like(x)
-    if D is not None:
-        y = y + D.to(dtype)[:, None] * x
-    return y.to(u.dtype)
+    return torch.cat(outputs, dim=-1)[..., :length] if outputs else torch.zeros_like(x)
 
 
 def choose_backend(backend: Backend, *tensors: Tensor) -> Backend:

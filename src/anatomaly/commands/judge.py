@@ -84,8 +84,6 @@ def run_predict(options: Namespace) -> int:
     if options.bank is not None:
         detector.load_support(options.bank)
     elif options.support is None:
-        if options.save_bank is not None or options.shots is not None:
-            raise ConfigError("predict: --shots and --save_bank need --support (normal images).")
         detector.set_task(options.task, intensity=options.intensity)
     else:
         supports = support_rows(Path(options.support), options.task, options.shots)
