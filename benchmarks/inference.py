@@ -20,9 +20,9 @@ import time
 import torch
 
 from anatomaly.backbones import build_backbone
-from anatomaly.inference import compare_tensor, encode_tensor, predict_tensor
 from anatomaly.methods import build_method
 from anatomaly.scoring import anomaly_map, blur, image_score
+from anatomaly.spine import compare_tensor, encode_tensor, predict_tensor
 from anatomaly.types import Comparison, Scoring
 
 

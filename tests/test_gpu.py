@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from anatomaly.backbones import build_backbone
-from anatomaly.inference import predict_tensor
 from anatomaly.methods import build_method
+from anatomaly.spine import predict_tensor
 from anatomaly.types import Scoring
 
 pytestmark = pytest.mark.gpu

@@ -18,10 +18,11 @@ from anatomaly.config import FitConfig, MethodConfig, PDDConfig, TeacherConfig, 
 from anatomaly.data.transforms import load
 from anatomaly.errors import ConfigError
 from anatomaly.evaluation import evaluate, table_of
-from anatomaly.inference import Detector, predict_tensor
+from anatomaly.inference import Detector
 from anatomaly.metrics import bootstrap
 from anatomaly.protocols import samples_to_test, split_normals
 from anatomaly.results import read_scores, scale_from_normals
+from anatomaly.spine import predict_tensor
 from anatomaly.training import fit
 from anatomaly.types import Intensity, Preprocessing
 
