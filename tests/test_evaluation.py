@@ -1,19 +1,28 @@
 """Evaluation against scores recomputed one draw at a time with `Detector.predict`."""
 
 import csv
+import itertools
 import json
+import weakref
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
+import tifffile
+import torch
 from PIL import Image
 
+from anatomaly import evaluation
+from anatomaly.data.transforms import load
 from anatomaly.errors import ConfigError, ManifestError
 from anatomaly.evaluation import evaluate, pooled, table_of, write_evaluations
-from anatomaly.metrics import auroc, bootstrap, image_metrics, pixel_metrics, pool_by_patient
-from anatomaly.types import Intensity
+from anatomaly.metrics import auroc, bootstrap, image_metrics, pool_by_patient
+from anatomaly.pixel_metrics import pixel_metrics
+from anatomaly.types import Intensity, Preprocessing
 
 TASK = "head_ct"
 IMAGE, PIXEL = {"auroc", "ap", "f1max", "f1max_floor"}, {"pixel_auroc", "aupro", "dice_max", "dice_floor"}
@@ -200,12 +209,193 @@ def test_impossible_draws_are_refused(arguments, message, phantom, make_detector
         evaluate(make_detector(), phantom, task=TASK, **arguments)
 
 
-def test_a_mask_of_another_size_than_its_image_is_refused(phantom, make_detector, tmp_path):
-    small = tmp_path / "small.png"
-    Image.new("L", (32, 64), 255).save(small)
-    wrong = changed(phantom, lambda row: replace(row, mask=small) if row.mask else row)
-    with pytest.raises(ManifestError, match=r"small.png: the mask has \(64, 32\) pixels, its image \(64, 64\)"):
-        evaluate(make_detector(), wrong, task=TASK, shots=(2,), draws=1)
+def small_mask(folder):
+    Image.new("L", (32, 64), 255).save(folder / "small.png")
+    return folder / "small.png"
+
+
+def broken_mask(folder):
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    return folder / "broken.png"
+
+
+def missing_mask(folder):
+    return folder / "missing.png"
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (small_mask, "small.png: the mask has (64, 32) pixels, its image (64, 64); expected the same."),
+        (broken_mask, "broken.png"),
+        (missing_mask, "missing.png"),
+    ],
+)
+def test_a_row_whose_mask_cannot_be_used_is_listed_and_left_out_of_the_pixel_metrics(
+    bad, message, results, phantom, make_detector, tmp_path
+):
+    row = next(row for row in judged(phantom) if row.mask is not None)
+    mask = bad(tmp_path)
+    wrong = changed(phantom, lambda other: replace(other, mask=mask) if other == row else other)
+    bare = changed(phantom, lambda other: replace(other, mask=None) if other == row else other)
+    found, expected = (
+        evaluate(make_detector(), data, task=TASK, shots=(3,), draws=2, seed=5, batch_size=3)[0]
+        for data in (wrong, bare)
+    )
+    [(sample, reason)] = found.unusable_masks
+    assert sample == replace(row, mask=mask)
+    assert message in reason
+    assert found.metrics == expected.metrics  # as if the row had no mask
+    assert found.metrics != results[0].metrics
+    assert expected.unusable_masks == results[0].unusable_masks == ()
+    np.testing.assert_array_equal(found.scores, expected.scores)
+    facts = json.loads(_written([found, expected], tmp_path / "out", "evaluation.json"))
+    assert [fact["unusable_masks"] for fact in facts] == [[f"{row.name}: {reason}"], []]
+    assert f"cannot be used: 1; the first: {reason}" in table_of([("", found), ("", found)])[2]
+    assert "cannot be used" not in table_of([("", expected)])[2]
+
+
+def test_without_any_usable_mask_the_image_metrics_stand(phantom, make_detector, tmp_path):
+    wrong = changed(phantom, lambda row: replace(row, mask=broken_mask(tmp_path)) if row.mask else row)
+    result = evaluate(make_detector(), wrong, task=TASK, shots=(2,), draws=1)[0]
+    assert result.metrics[0].keys() == IMAGE | {"patient_auroc"}
+    assert [row for row, _ in result.unusable_masks] == [row for row in judged(wrong) if row.mask is not None]
+    assert result.pixel_bounds == ()
+
+
+def test_pixel_metrics_are_within_their_written_bounds(results, phantom, make_detector, tmp_path):
+    rows, detector = judged(phantom), make_detector()
+    for result in results:
+        for supports, metrics, bounds in zip(result.supports, result.metrics, result.pixel_bounds, strict=True):
+            maps = [prediction.anomaly_map for prediction in by_hand(detector, supports, rows)]
+            exact = pixel_metrics(maps, [lesion(row) for row in rows])
+            assert bounds.keys() == PIXEL
+            for name in PIXEL:
+                assert abs(metrics[name] - exact[name]) <= bounds[name] + 1e-6  # batches round maps differently
+                assert bounds[name] < 1e-3
+    for facts, result in zip(json.loads(_written(results, tmp_path, "evaluation.json")), results, strict=True):
+        first, second = result.pixel_bounds
+        assert facts["pixel_bounds"] == pytest.approx({name: (first[name] + second[name]) / 2 for name in PIXEL})
+
+
+class Bank(NamedTuple):
+    preprocessing: Preprocessing
+    reference: torch.Tensor
+
+
+class Darkness:
+    """A judge that shares no code with `Detector`: how much brighter pixels are than in the mean support."""
+
+    def __init__(self, preprocessings, *, needs_support=True):
+        self.method = SimpleNamespace(needs_support=needs_support)
+        self.preprocessings = itertools.cycle(preprocessings)
+        self.maps, self.most_alive, self.asked = [], 0, []
+
+    def make_bank(self, images, *, task):
+        self.asked.append((task, tuple(images)))
+        preprocessing = next(self.preprocessings)
+        return Bank(
+            preprocessing, torch.stack([torch.from_numpy(load(i, preprocessing).input) for i in images]).mean(0)
+        )
+
+    def empty_bank(self, task):
+        return Bank(next(self.preprocessings), torch.zeros(3, 1, 1))
+
+    def encode(self, inputs):
+        return torch.from_numpy(np.stack(inputs))
+
+    def compare(self, encoded, bank):
+        maps = encoded[:, 0] - bank.reference[0]
+        self.maps.append(weakref.ref(maps))
+        self.most_alive = max(self.most_alive, sum(map_() is not None for map_ in self.maps))
+        return SimpleNamespace(maps=maps, scores=maps.amax((1, 2)))
+
+
+PREPARED = Preprocessing(size=(64, 64))
+
+
+def test_anything_with_the_right_members_can_be_judged(phantom):
+    judge, rows = Darkness([PREPARED]), judged(phantom)
+    results = evaluate(judge, phantom, task=TASK, shots=(1, 2), draws=2, seed=5, batch_size=3)
+    assert judge.asked == [(TASK, supports) for result in results for supports in result.supports]
+    masks, inputs = [lesion(row) for row in rows], [load(row, PREPARED).input for row in rows]
+    for result in results:
+        drawn = zip(result.supports, result.scores, result.metrics, result.pixel_bounds, strict=True)
+        for supports, scores, metrics, bounds in drawn:
+            reference = np.mean([load(row, PREPARED).input for row in supports], axis=0)
+            maps = [image[0] - reference[0] for image in inputs]
+            np.testing.assert_allclose(scores, [m.max() for m in maps], rtol=1e-5, atol=1e-6)
+            for name, exact in pixel_metrics(maps, masks).items():
+                assert abs(metrics[name] - exact) <= bounds[name] + 1e-12
+
+
+def test_a_judge_without_support_is_asked_once(phantom):
+    judge = Darkness([PREPARED], needs_support=False)
+    supports = [judged(phantom)[:1]] * 3  # not looked at
+    (result,) = evaluate(judge, phantom, task=TASK, shots=(2, 4), draws=3, supports=supports)
+    assert (result.shots, result.supports, result.scores.shape) == (0, ((),), (1, 8))
+    assert judge.asked == []
+
+
+def test_maps_are_forgotten_and_masks_read_once(phantom, monkeypatch):
+    """Two ways to prepare images, several blocks of rows: every mask once, one batch of maps at a time."""
+    read = []
+    original = evaluation.read_mask_of
+    monkeypatch.setattr(evaluation, "read_mask_of", lambda row: read.append(row) or original(row))
+    ways = [PREPARED, replace(PREPARED, intensity=Intensity("range", 0, 200))]
+    whole = evaluate(Darkness(ways), phantom, task=TASK, shots=(2,), draws=4, batch_size=2)[0]
+    masked = [row for row in judged(phantom) if row.label == 1]
+    assert read == masked
+    monkeypatch.setattr(evaluation, "_BLOCK", 5)
+    read.clear()
+    judge = Darkness(ways)
+    in_blocks = evaluate(judge, phantom, task=TASK, shots=(2,), draws=4, batch_size=2)[0]
+    assert read == masked
+    assert len(judge.maps) == 4 * 4  # banks, batches
+    assert judge.most_alive <= 2
+    assert in_blocks.samples == whole.samples == judged(phantom)
+    np.testing.assert_array_equal(in_blocks.scores, whole.scores)
+    assert in_blocks.metrics == whole.metrics
+    assert not np.array_equal(whole.scores[0], whole.scores[1])
+
+
+def test_an_image_that_one_bank_cannot_read_counts_for_none(phantom, tmp_path):
+    """ "auto" refuses a floating-point TIFF, a range does not."""
+    row = judged(phantom)[4]
+    tifffile.imwrite(tmp_path / "float.tif", np.asarray(Image.open(row.path).convert("L"), np.float32))
+    mixed = changed(phantom, lambda other: replace(other, path=tmp_path / "float.tif") if other == row else other)
+    ways = [replace(PREPARED, intensity=Intensity("range", 0, 255)), PREPARED]
+    result = evaluate(Darkness(ways), mixed, task=TASK, shots=(2,), draws=2, batch_size=3)[0]
+    assert [sample.path.name for sample, _ in result.unreadable] == ["float.tif"]
+    assert result.samples == judged(phantom)[:4] + judged(phantom)[5:]
+    assert np.isfinite(result.scores).all()
+    assert result.scores.shape == (2, 7)
+
+
+def test_given_supports_are_used_in_their_order(phantom):
+    normals = phantom.select(task=TASK, split="train", label=0).samples
+    supports = [normals[5:2:-1], normals[:4]]
+    judge = Darkness([PREPARED])
+    results = evaluate(judge, phantom, task=TASK, shots=(3, 1), draws=7, supports=supports)
+    assert [result.supports for result in results] == [
+        (normals[5:2:-1], normals[:3]),
+        (normals[5:4:-1], normals[:1]),
+    ]
+    assert [images for _, images in judge.asked] == [draw for result in results for draw in result.supports]
+    assert [result.scores.shape for result in results] == [(2, 8), (2, 8)]
+
+
+def test_given_supports_that_are_too_few_or_leak_are_refused(phantom):
+    normals = phantom.select(task=TASK, split="train", label=0).samples
+    cases = [
+        ([normals[:3], normals[:2]], (3,), "3 shots asked, the shortest of 2 given supports has 2 images"),
+        ([normals[:3]], (0,), "0 shots asked"),
+        ([], (1,), "the shortest of 0 given supports has 0 images"),
+        ([judged(phantom)[:1]], (1,), "share image or patient"),
+    ]
+    for supports, shots, message in cases:
+        with pytest.raises(ConfigError, match=message):
+            evaluate(Darkness([PREPARED]), phantom, task=TASK, shots=shots, supports=supports)
 
 
 def test_a_percentile_rule_is_resolved_on_the_supports_of_each_draw(phantom, make_detector):

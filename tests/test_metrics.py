@@ -3,7 +3,7 @@ import math
 import metrics_reference as reference
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics as sklearn_metrics
 
@@ -12,7 +12,6 @@ from anatomaly.metrics import (
     auroc,
     bootstrap,
     image_metrics,
-    pixel_metrics,
     pool_by_patient,
     summarise_draws,
 )
@@ -28,20 +27,6 @@ def scored_images(draw):
     labels = [label for _, label in rows]
     labels[0], labels[-1] = 0, 1
     return scores, labels
-
-
-@st.composite
-def scored_maps(draw):
-    """A few small maps of several sizes, with and without ties, at least one lesion and one normal pixel."""
-    generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    levels = draw(st.sampled_from([2, 4, 10, 100_000]))
-    maps, masks = [], []
-    for _ in range(draw(st.integers(1, 3))):
-        size = tuple(draw(st.tuples(st.integers(2, 6), st.integers(2, 6))))
-        maps.append((generator.integers(0, levels, size) - 1.5).astype(np.float32))
-        masks.append(generator.random(size) < draw(st.sampled_from([0.0, 0.15, 0.4])))
-    masks[0][0, 0], masks[0][1, 1] = True, False
-    return maps, masks
 
 
 @given(scored_images())
@@ -104,89 +89,6 @@ def test_unusable_scores_or_labels_are_refused(scores, labels, message):
 def test_auroc_of_one_class_is_refused():
     with pytest.raises(ValueError, match="got 2 normal and 0 anomalous"):
         auroc([1.0, 2.0], [0, 0])
-
-
-@settings(max_examples=60, deadline=None)
-@given(scored_maps())
-def test_pixel_metrics_are_the_references(data):
-    maps, masks = data
-    measured = pixel_metrics(maps, masks)
-    scores = np.concatenate([m.ravel() for m in maps]).tolist()
-    labels = np.concatenate([m.ravel() for m in masks]).tolist()
-    assert measured["pixel_auroc"] == pytest.approx(sklearn_metrics.roc_auc_score(labels, scores), abs=1e-12)
-    assert measured["aupro"] == pytest.approx(reference.aupro(maps, masks), abs=1e-12)
-    assert measured["dice_max"] == pytest.approx(reference.f1_max(scores, labels), abs=1e-12)
-    assert measured["dice_floor"] == pytest.approx(2 * sum(labels) / (len(labels) + sum(labels)), abs=1e-12)
-
-
-def _row(*scores):
-    return np.array([scores], np.float32)
-
-
-def test_aupro_by_hand():
-    """Ten normal pixels scoring 0 .. 9 and two lesions of one and of two pixels."""
-    normal = _row(*range(10))
-    no_lesion = np.zeros((1, 10), bool)
-    lesion = np.array([[True, False, True, True]])  # its normal pixel brings the normals to 11
-
-    # Lesion A (1 pixel) is above everything: PRO 0.5 at once.  Of lesion B one pixel is above all normals (PRO 0.75),
-    # the other is passed by one normal pixel: PRO 1 from FPR 1/11 on.
-    measured = pixel_metrics([normal, _row(20, -1, 15, 8.5)], [no_lesion, lesion])
-    assert measured["aupro"] == pytest.approx((0.75 * 1 / 11 + 1.0 * (0.3 - 1 / 11)) / 0.3)
-    assert measured["pixel_auroc"] == pytest.approx((11 + 11 + 10) / 33)
-    assert measured["dice_max"] == pytest.approx(2 * 3 / (2 * 3 + 1))
-
-    # The last lesion pixel beyond the limit (FPR 4/11 > 0.3) adds nothing.
-    assert pixel_metrics([normal, _row(20, -1, 15, 5.5)], [no_lesion, lesion])["aupro"] == pytest.approx(0.75)
-
-
-def test_aupro_interpolates_a_tie_at_the_limit():
-    """One lesion pixel tied with all normals: the curve is the diagonal, its area up to 0.3 is 0.045."""
-    mask = np.array([[True, False, False, False, False]])
-    assert pixel_metrics([np.zeros((1, 5), np.float32)], [mask])["aupro"] == pytest.approx(0.045 / 0.3)
-
-
-def test_diagonal_neighbours_are_one_region_and_images_are_apart():
-    """A found lesion of 2 diagonal pixels and one missed lesion of 1: mean overlap 1/2 (4-connectivity: 2/3)."""
-    diagonal, single = np.eye(2, dtype=bool), np.array([[True, False], [False, False]])
-    maps = [np.where(diagonal, 5, 0).astype(np.float32), np.where(single, -5, 0).astype(np.float32)]
-    assert pixel_metrics(maps, [diagonal, single])["aupro"] == pytest.approx(0.5)
-
-
-def test_pixel_metrics_take_sequences_that_load_on_demand():
-    generator = np.random.default_rng(3)
-    maps = [generator.normal(size=(4, 5)).astype(np.float32) for _ in range(3)]
-    masks = [generator.random((4, 5)) < 0.3 for _ in range(3)]
-
-    class Loaded:
-        def __init__(self, items):
-            self.items = items
-
-        def __len__(self):
-            return len(self.items)
-
-        def __getitem__(self, index):
-            return self.items[index].copy()
-
-    assert pixel_metrics(Loaded(maps), Loaded(masks)) == pixel_metrics(maps, masks)
-
-
-@pytest.mark.parametrize(
-    ("maps", "masks", "message"),
-    [
-        ([np.zeros((2, 2))], [np.zeros((2, 2), bool)], "needs both classes, got 4 normal and 0 lesion pixels"),
-        ([np.zeros((2, 2))], [np.ones((2, 2), bool)], "got 0 normal and 4 lesion pixels"),
-        ([], [], "got 0 normal and 0 lesion pixels"),
-        ([np.zeros((2, 2))], [], "1 maps and 0 masks"),
-        ([np.zeros((2, 2))], [np.ones((2, 3), bool)], r"map 0 is \(2, 2\) and its mask \(2, 3\)"),
-        ([np.zeros((1, 2, 2))], [np.ones((1, 2, 2), bool)], r"expected \(H, W\)"),
-        ([np.zeros((2, 2))], [np.ones((2, 2))], "mask 0 is float64, expected bool"),
-        ([np.full((2, 2), np.nan)], [np.eye(2, dtype=bool)], "map 0 holds NaN"),
-    ],
-)
-def test_unusable_maps_or_masks_are_refused(maps, masks, message):
-    with pytest.raises(ValueError, match=message):
-        pixel_metrics(maps, masks)
 
 
 def test_patients_are_pooled_by_maximum_or_mean():

@@ -6,36 +6,84 @@ import csv
 import io
 import json
 from collections import defaultdict
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from anatomaly.data.loading import Loaded, load_batches
+from anatomaly.data.loading import load_batches
 from anatomaly.data.readers import read_mask_of
 from anatomaly.data.transforms import mask_to_input
-from anatomaly.errors import ConfigError, ManifestError
-from anatomaly.metrics import (
-    Interval,
-    auroc,
-    bootstrap,
-    image_metrics,
-    pixel_metrics,
-    pool_by_patient,
-    summarise_draws,
-)
+from anatomaly.errors import AnatomalyError, ConfigError, ManifestError
+from anatomaly.metrics import Interval, auroc, bootstrap, image_metrics, pool_by_patient, summarise_draws
+from anatomaly.pixel_metrics import PixelCounts, region_shares
 from anatomaly.protocols import draw_supports, forbid_leak, samples_to_test
 from anatomaly.results import write_whole
+from anatomaly.types import Intensity
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
+    from torch import Tensor
 
+    from anatomaly.data.loading import Loaded
     from anatomaly.data.manifest import Manifest
-    from anatomaly.inference import Detector
-    from anatomaly.types import Preprocessing, Sample, SupportBank
+    from anatomaly.types import Preprocessing, Sample
+
+#: Rows that are gone through together when banks prepare images differently, so that each mask is read once.
+_BLOCK = 256
+
+
+class Bank(Protocol):
+    """What a `Judge` knows of a task; anything else about it is the judge's own business."""
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How the images that are compared with it are prepared."""
+        ...
+
+
+class _Supported(Protocol):
+    @property
+    def needs_support(self) -> bool: ...
+
+
+class _Verdict(Protocol):
+    @property
+    def maps(self) -> Tensor: ...
+    @property
+    def scores(self) -> Tensor: ...
+
+
+AnyBank = TypeVar("AnyBank", bound=Bank)
+
+
+class Judge(Protocol[AnyBank]):
+    """What `evaluate` needs of a detector: `inference.Detector`, or anything else that has these members."""
+
+    @property
+    def method(self) -> _Supported:
+        """Something whose `needs_support` says whether banks are made of normal images of the task."""
+        ...
+
+    def empty_bank(self, task: str, /) -> AnyBank:
+        """The bank of a task, for a method without support."""
+        ...
+
+    def make_bank(self, images: Sequence[Sample], /, *, task: str) -> AnyBank:
+        """The bank of K normal images of a task."""
+        ...
+
+    def encode(self, inputs: Sequence[NDArray[np.float32]], /) -> Any:
+        """Whatever `compare` needs to know of B images, each (3, H, W) and prepared as their bank says."""
+        ...
+
+    def compare(self, encoded: Any, bank: AnyBank, /) -> _Verdict:
+        """A record whose `maps` are (B, H, W) float32 and whose `scores` are (B,), higher = more anomalous, finite."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -52,6 +100,9 @@ class Evaluation:
         metrics: Per draw, the figures of `metrics.image_metrics`, those of `metrics.pixel_metrics` where masks exist,
             and "patient_auroc" where every scored row has a patient and patients have several rows.
         interval: 95 % bootstrap interval of the mean AUROC over the draws, resampling patients (else images).
+        unusable_masks: Scored rows whose mask could not be used, and why; they are left out of the pixel metrics.
+        pixel_bounds: Per draw, how far each pixel metric can be from its exact value (`PixelCounts.bounds`); empty
+            without pixel metrics.
     """
 
     task: str
@@ -62,72 +113,101 @@ class Evaluation:
     scores: NDArray[np.float64]
     metrics: tuple[dict[str, float], ...]
     interval: Interval
+    unusable_masks: tuple[tuple[Sample, str], ...] = ()
+    pixel_bounds: tuple[dict[str, float], ...] = ()
 
     def summary(self) -> dict[str, tuple[float, float]]:
         """Mean and standard deviation over the draws, by metric."""
         return {name: summarise_draws([draw[name] for draw in self.metrics]) for name in self.metrics[0]}
 
 
-@dataclass
-class _Scores:
+class _Scores(NamedTuple):
     """What one pass over the test rows collects for every bank."""
 
-    samples: list[Sample] = field(default_factory=list)
-    unreadable: list[tuple[Sample, str]] = field(default_factory=list)
-    scores: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
-    maps: dict[int, list[NDArray[np.float32]]] = field(default_factory=lambda: defaultdict(list))
-    masks: list[NDArray[np.bool_] | None] = field(default_factory=list)
+    samples: tuple[Sample, ...]
+    unreadable: tuple[tuple[Sample, str], ...]
+    unusable_masks: tuple[tuple[Sample, str], ...]
+    scores: NDArray[np.float64]  # (banks, N)
+    pixels: list[PixelCounts]  # by bank
+
+
+class _Lesions(NamedTuple):
+    """A lesion mask at the network's input size; None where it is unknown, with the reason where there is a file."""
+
+    mask: NDArray[np.bool_] | None
+    shares: NDArray[np.float64] | None = None  # `region_shares`
+    problem: str | None = None
 
 
 def evaluate(
-    detector: Detector,
+    detector: Judge[AnyBank],
     manifest: Manifest,
     *,
     task: str,
     shots: Sequence[int] = (2, 4, 8),
     draws: int = 5,
     seed: int = 0,
+    supports: Sequence[Sequence[Sample]] | None = None,
     batch_size: int = 16,
 ) -> list[Evaluation]:
     """Score a task's whole test split against several draws of its normal training images.
 
-    Each test image is encoded once and compared with all banks.  Pixel metrics are taken at the network's input size.
+    Each test image is encoded once and compared with all banks.  Pixel metrics are taken at the network's input size;
+    maps are counted and forgotten, so that memory does not depend on the number of test images.
+
+    A mask that cannot be read or does not fit its image never ends the run: its row counts for the image metrics and is
+    listed in `Evaluation.unusable_masks`.  If no mask can be used there are no pixel metrics.
 
     Args:
-        detector: The trained model; it must not have seen the task if the result is to be called few-shot.
+        detector: The trained model, or any other `Judge`; it must not have seen the task if the result is to be called
+            few-shot.
         manifest: Rows of the task: split "train" (normal) to draw supports from, split "test" with both labels.
         task: The task.
         shots: Values of K; a draw with fewer shots is the beginning of the draw with more.  A method without support
             is judged once, whatever shots and draws are.
         draws: Support draws per K.
         seed: Of the draws.
+        supports: Support images of every draw, instead of `draws` random ones; K shots take the first K of each.
         batch_size: Images per forward pass; changes no score.
 
     Returns:
         One evaluation per K.
 
     Raises:
-        ConfigError: Too few normal training images, no test rows, no shots, or supports that leak into the test split.
-        ManifestError: The readable test rows lack a label or a class, or a mask does not fit its image.
-        ReadError: A support image or a mask cannot be read.
+        ConfigError: Too few normal training images or given supports, no test rows, no shots, or supports that leak
+            into the test split.
+        ManifestError: The readable test rows lack a label or a class.
+        ReadError: A support image cannot be read.
     """
     if not shots:
         raise ConfigError("evaluate: shots is empty, expected at least one number of support images.")
     tests = samples_to_test(manifest, task)
     _require_labels(tests, task)
-    banks: list[SupportBank] = []
-    supports: list[tuple[Sample, ...]] = []
+    banks: list[AnyBank] = []
+    drawn: list[tuple[Sample, ...]] = []
     if not detector.method.needs_support:
-        shots, draws, supports = (0,), 1, [()]
+        shots, drawn = (0,), [()]
         banks = [detector.empty_bank(task)]
     for k in shots if detector.method.needs_support else ():
-        for drawn in draw_supports(manifest, task=task, shots=k, draws=draws, seed=seed):
-            forbid_leak(drawn, tests)
-            supports.append(drawn)
-            banks.append(detector.make_bank(drawn, task=task))
+        given = None if supports is None else _first(k, supports)
+        for chosen in given or draw_supports(manifest, task=task, shots=k, draws=draws, seed=seed):
+            forbid_leak(chosen, tests)
+            drawn.append(chosen)
+            banks.append(detector.make_bank(chosen, task=task))
     collected = _score(detector, tests, banks, batch_size)
     _require_labels(collected.samples, task, "readable ")
-    return [_evaluation(task, k, collected, supports, range(i * draws, (i + 1) * draws)) for i, k in enumerate(shots)]
+    each = len(banks) // len(shots)
+    return [_evaluation(task, k, collected, drawn, range(i * each, (i + 1) * each)) for i, k in enumerate(shots)]
+
+
+def _first(shots: int, supports: Sequence[Sequence[Sample]]) -> list[tuple[Sample, ...]]:
+    shortest = min(map(len, supports), default=0)
+    if not 1 <= shots <= shortest:
+        raise ConfigError(
+            f"evaluate: {shots} shots asked, the shortest of {len(supports)} given supports has {shortest} images,"
+            " expected from 1 shot to that many. Change shots or give more support images."
+        )
+    return [tuple(draw[:shots]) for draw in supports]
 
 
 def _require_labels(tests: Sequence[Sample], task: str, which: str = "") -> None:
@@ -140,45 +220,69 @@ def _require_labels(tests: Sequence[Sample], task: str, which: str = "") -> None
         )
 
 
-def _score(detector: Detector, tests: Sequence[Sample], banks: Sequence[SupportBank], batch_size: int) -> _Scores:
+def _score(detector: Judge[AnyBank], tests: Sequence[Sample], banks: Sequence[AnyBank], batch_size: int) -> _Scores:
     """One pass per distinct preprocessing (one, unless a percentile rule depends on the supports)."""
-    masked = any(row.mask is not None for row in tests)
-    groups: dict[Preprocessing, list[int]] = defaultdict(list)
+    members: dict[Preprocessing, list[int]] = defaultdict(list)
     for index, bank in enumerate(banks):
-        groups[bank.preprocessing].append(index)
-    collected = _Scores()
-    for number, (preprocessing, members) in enumerate(groups.items()):
-        for batch in load_batches(tests, preprocessing, batch_size=batch_size):
-            readable = [item for item in batch if item.prepared is not None]
-            if number == 0:
-                collected.unreadable += [(item.sample, item.error or "") for item in batch if item.prepared is None]
-                collected.samples += [item.sample for item in readable]
-                if masked:
-                    collected.masks += [_mask(item, preprocessing) for item in readable]
-            if not readable:
-                continue
-            encoded = detector.encode([item.prepared.input for item in readable if item.prepared is not None])
-            for index in members:
-                scored = detector.compare(encoded, banks[index])
-                collected.scores[index] += scored.scores.double().tolist()
-                if masked:  # otherwise there is nothing to measure them with, and they take the most memory
-                    collected.maps[index] += list(scored.maps.cpu().numpy())
-    return collected
+        members[bank.preprocessing].append(index)
+    masked = any(row.mask is not None for row in tests)  # otherwise there is nothing to measure maps with
+    lesions_of = lru_cache(maxsize=_BLOCK + batch_size)(_lesions)
+    unreadable: dict[int, str] = {}
+    unusable: dict[int, str] = {}
+    scores, pixels = np.full((len(banks), len(tests)), np.nan), [PixelCounts() for _ in banks]
+    for preprocessing, first, batch in _batches(tests, list(members), batch_size):
+        unreadable |= {row: item.error or "" for row, item in enumerate(batch, first) if item.prepared is None}
+        readable = {row: item.prepared for row, item in enumerate(batch, first) if item.prepared is not None}
+        if not readable:
+            continue
+        geometry = replace(preprocessing, intensity=Intensity())  # all that a mask depends on
+        masks = [lesions_of(tests[row], item.image.size, geometry) for row, item in readable.items() if masked]
+        unusable |= {row: mask.problem for row, mask in zip(readable, masks, strict=masked) if mask.problem is not None}
+        encoded = detector.encode([item.input for item in readable.values()])
+        for index in members[preprocessing]:
+            scored = detector.compare(encoded, banks[index])
+            scores[index, list(readable)] = scored.scores.double().cpu().numpy()
+            for anomaly_map, (mask, shares, _) in zip(scored.maps.cpu().numpy() if masked else (), masks, strict=True):
+                if mask is not None:
+                    pixels[index].add(anomaly_map, mask, shares=shares)
+    kept = [row for row in range(len(tests)) if row not in unreadable]
+    return _Scores(
+        samples=tuple(tests[row] for row in kept),
+        unreadable=tuple((tests[row], reason) for row, reason in sorted(unreadable.items())),
+        unusable_masks=tuple((tests[row], unusable[row]) for row in kept if row in unusable),
+        scores=scores[:, kept],
+        pixels=pixels,
+    )
 
 
-def _mask(item: Loaded, preprocessing: Preprocessing) -> NDArray[np.bool_] | None:
-    """The lesion mask at the network's input size; all False for a normal row, None where it is unknown."""
-    if item.sample.label == 0:
-        return np.zeros(preprocessing.size, bool)
-    mask = read_mask_of(item.sample)
+def _batches(
+    tests: Sequence[Sample], preprocessings: Sequence[Preprocessing], batch_size: int
+) -> Iterator[tuple[Preprocessing, int, list[Loaded]]]:
+    """Every row prepared in every way, and the number of each batch's first row; a block of rows at a time."""
+    block = max(1, _BLOCK // batch_size) * batch_size
+    for start in range(0, len(tests), block):
+        for preprocessing in preprocessings:
+            first = start
+            for batch in load_batches(tests[start : start + block], preprocessing, batch_size=batch_size):
+                yield preprocessing, first, batch
+                first += len(batch)
+
+
+def _lesions(sample: Sample, size: tuple[int, int], preprocessing: Preprocessing) -> _Lesions:
+    """The mask of a row whose image is of some size; all False for a normal row."""
+    if sample.label == 0:
+        return _Lesions(np.zeros(preprocessing.size, bool))
+    try:
+        mask = read_mask_of(sample)
+    except AnatomalyError as err:
+        return _Lesions(None, problem=str(err))
     if mask is None:
-        return None
-    if item.prepared is not None and mask.shape != item.prepared.image.size:
-        raise ManifestError(
-            f"{item.sample.mask}: the mask has {mask.shape} pixels, its image {item.prepared.image.size}; expected the "
-            "same. Export it again, or remove it from the table."
-        )
-    return mask_to_input(mask, preprocessing)
+        return _Lesions(None)
+    if mask.shape != size:
+        problem = f"{sample.mask}: the mask has {mask.shape} pixels, its image {size}; expected the same."
+        return _Lesions(None, problem=f"{problem} Export it again, or remove it from the table.")
+    fitted = mask_to_input(mask, preprocessing)
+    return _Lesions(fitted, region_shares(fitted))
 
 
 def _evaluation(
@@ -188,25 +292,29 @@ def _evaluation(
     patients = [sample.patient_id for sample in collected.samples]
     groups = [patient for patient in patients if patient is not None]
     by_patient = len(groups) == len(patients)
-    scores = np.array([collected.scores[draw] for draw in draws])
-    metrics = []
+    scores = collected.scores[draws.start : draws.stop]
+    metrics: list[dict[str, float]] = []
+    bounds: list[dict[str, float]] = []
     for draw, row in zip(draws, scores, strict=True):
         figures = image_metrics(row, labels)
         if by_patient and len(set(groups)) < len(groups):
             figures["patient_auroc"] = auroc(*pool_by_patient(row, labels, groups))
-        pairs = [(m, k) for m, k in zip(collected.maps[draw], collected.masks, strict=True) if k is not None]
-        if any(mask.any() for _, mask in pairs):
-            figures |= pixel_metrics([m for m, _ in pairs], [mask for _, mask in pairs])
+        pixels = collected.pixels[draw]
+        if pixels.lesion_pixels and pixels.normal_pixels:
+            figures |= pixels.metrics()
+            bounds.append(pixels.bounds())
         metrics.append(figures)
     return Evaluation(
         task=task,
         shots=shots,
-        samples=tuple(collected.samples),
-        unreadable=tuple(collected.unreadable),
+        samples=collected.samples,
+        unreadable=collected.unreadable,
         supports=tuple(supports[draw] for draw in draws),
         scores=scores,
         metrics=tuple(metrics),
         interval=bootstrap(auroc, scores, labels, groups=groups if by_patient else None),
+        unusable_masks=collected.unusable_masks,
+        pixel_bounds=tuple(bounds),
     )
 
 
@@ -272,6 +380,10 @@ def table_of(results: Sequence[tuple[str, Evaluation]]) -> tuple[list[str], list
         "the mean AUROC over test images (patients where known). F1max and Dice take the best threshold on the test "
         "labels; the floor is what calling everything anomalous gives."
     )
+    masks = {sample: reason for _, result in results for sample, reason in result.unusable_masks}
+    if masks:
+        reason = next(iter(masks.values()))
+        note += f" Masks left out of the pixel metrics, as they cannot be used: {len(masks)}; the first: {reason}"
     return columns, rows, note
 
 
@@ -292,10 +404,15 @@ def write_evaluations(results: Sequence[Evaluation], out: Path) -> None:
             "draws": len(result.supports),
             "images": len(result.samples),
             "unreadable": [f"{sample.name}: {reason}" for sample, reason in result.unreadable],
+            "unusable_masks": [f"{sample.name}: {reason}" for sample, reason in result.unusable_masks],
             "auroc_interval": list(result.interval[1:]),
             "metrics": {
                 name: {"mean": mean, "sd": None if np.isnan(sd) else sd}  # JSON has no NaN
                 for name, (mean, sd) in result.summary().items()
+            },
+            "pixel_bounds": {  # how far the means can be from the exact ones
+                name: float(np.mean([draw[name] for draw in result.pixel_bounds]))
+                for name in next(iter(result.pixel_bounds), {})
             },
         }
         for result in results

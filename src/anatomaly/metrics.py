@@ -1,22 +1,17 @@
-"""How well scores separate normal from anomalous: per image, per pixel, per patient, and how sure we are of it.
+"""How well scores separate normal from anomalous images and patients, and how sure we are of it.
 
 Scores are raw and unbounded: only their order counts, and nothing here rescales or guesses what they mean.  Image
-AUROC and AP are scikit-learn's.  Pixel metrics rest on one table (`_Counts`): for each lesion pixel, how many lesion
-and how many normal pixels score at least as high.  All curves change only there, so they are exact, ties included.
+AUROC and AP are scikit-learn's.  Metrics of pixels are in `pixel_metrics`, tests of two methods in `comparison`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-#: AUPRO is the area under the per-region overlap up to this false positive rate (the convention since MVTec AD).
-AUPRO_LIMIT = 0.3
-
-Scores = NDArray[np.float32] | NDArray[np.float64]  # of one precision within a call: comparisons must be exact
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
@@ -33,15 +28,6 @@ class Interval(NamedTuple):
     value: float
     low: float
     high: float
-
-
-class _Counts(NamedTuple):
-    """What passes a threshold set to the score of each of the P anomalous items, by ascending score; each (P,)."""
-
-    hits: Integers  # anomalous items that score at least as high
-    false_alarms: Integers  # normal items that score at least as high
-    outright: Integers  # of these, the ones that score strictly higher; the rest are ties
-    normals: int  # normal items in all
 
 
 def image_metrics(scores: ArrayLike, labels: ArrayLike) -> dict[str, float]:
@@ -65,12 +51,14 @@ def image_metrics(scores: ArrayLike, labels: ArrayLike) -> dict[str, float]:
     """
     from sklearn.metrics import average_precision_score, roc_auc_score
 
-    counts = _count_images(scores, labels)
+    values, classes = checked_scores(scores, labels)
+    anomalous = int(classes.sum())
+    _require_both_classes(len(classes) - anomalous, anomalous)
     return {
         "auroc": float(roc_auc_score(labels, scores)),
         "ap": float(average_precision_score(labels, scores)),
-        "f1max": _f1_max(counts),
-        "f1max_floor": _f1_floor(counts),
+        "f1max": _f1_max(values, classes),
+        "f1max_floor": 2.0 * anomalous / (anomalous + len(classes)),
     }
 
 
@@ -95,7 +83,7 @@ def auroc(scores: ArrayLike, labels: ArrayLike) -> float:
 
     anomalous = np.asarray(labels) == 1
     found, normals = int(anomalous.sum()), int((~anomalous).sum())
-    _require_both_classes("auroc", normals, found, "anomalous")
+    _require_both_classes(normals, found, "auroc")
     ranks = rankdata(np.asarray(scores, np.float64), axis=-1)[..., anomalous].sum(axis=-1)
     return float(np.mean((ranks - found * (found + 1) / 2) / (found * normals)))
 
@@ -122,8 +110,8 @@ def pool_by_patient(
         >>> pool_by_patient([0.1, 0.9, 0.2], [0, 1, 0], ["a", "a", "b"])
         (array([0.9, 0.2]), array([1, 0]))
     """
-    image_scores, image_labels = _scores_and_labels(scores, labels)
-    patients, owner = _owners(patient_ids, len(image_scores))
+    image_scores, image_labels = checked_scores(scores, labels)
+    patients, owner = number_patients(patient_ids, len(image_scores))
     pooled_labels = np.zeros(patients, np.int64)
     np.maximum.at(pooled_labels, owner, image_labels)
     if how == "max":
@@ -134,78 +122,6 @@ def pool_by_patient(
     else:
         raise ValueError(f"pool_by_patient: how is {how!r}, expected 'max' or 'mean'.")
     return pooled, pooled_labels
-
-
-def pixel_metrics(maps: Sequence[NDArray[np.float32]], masks: Sequence[NDArray[np.bool_]]) -> dict[str, float]:
-    """Measure how well anomaly maps find the lesion pixels, all images pooled.
-
-    Exact: no histogram, no subsampling.  Maps and masks are walked through twice, one at a time, so with sequences that
-    load their items on demand the memory peaks near 100 bytes per lesion pixel; normal pixels cost none.
-
-    Args:
-        maps: (H, W) each, float32, finite, any range; sizes may differ from image to image.
-        masks: (H, W) bool each, True = lesion, all False for a normal image.  Images that are anomalous but have no
-            mask must be left out by the caller.
-
-    Returns:
-        "pixel_auroc"; "aupro", the overlap averaged over lesions (8-connected regions, so that small ones count as
-        much as large ones) integrated over false positive rates 0 to 0.3 and divided by 0.3; "dice_max", the best
-        Dice over all thresholds: the threshold is chosen on these very masks, so it is an upper bound for any fixed
-        one; "dice_floor", the Dice of calling every pixel a lesion.  All in [0, 1].
-
-    Raises:
-        ValueError: No lesion or no normal pixel, shapes or lengths differ, a mask is not bool, a map is not finite.
-
-    Example:
-        >>> mask = np.zeros((4, 4), bool)
-        >>> mask[1, 1] = True
-        >>> pixel_metrics([mask.astype(np.float32)], [mask])["aupro"]
-        1.0
-    """
-    scores, shares = _lesion_pixels(maps, masks)
-    counts = _count(scores, (anomaly_map[~mask] for anomaly_map, mask in _pairs(maps, masks)))
-    _require_both_classes("pixel_metrics", counts.normals, len(scores), "lesion pixels")
-    return {
-        "pixel_auroc": _area(counts, limit=1.0),
-        "aupro": _area(counts, limit=AUPRO_LIMIT, shares=shares),
-        "dice_max": _f1_max(counts),
-        "dice_floor": _f1_floor(counts),
-    }
-
-
-def _pairs(
-    maps: Sequence[NDArray[np.float32]], masks: Sequence[NDArray[np.bool_]]
-) -> Iterator[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
-    if len(maps) != len(masks):
-        raise ValueError(f"pixel_metrics: got {len(maps)} maps and {len(masks)} masks, expected one mask per map.")
-    for index, (item, mask) in enumerate(zip(maps, masks, strict=True)):
-        anomaly_map, mask = np.asarray(item, np.float32), np.asarray(mask)
-        if anomaly_map.ndim != 2 or anomaly_map.shape != mask.shape:
-            raise ValueError(
-                f"pixel_metrics: map {index} is {anomaly_map.shape} and its mask {mask.shape}, expected (H, W) twice."
-            )
-        if mask.dtype != np.bool_:  # 0.5 after resampling, 255, class numbers: what counts as lesion is not guessed
-            raise ValueError(f"pixel_metrics: mask {index} is {mask.dtype}, expected bool. Pass e.g. mask > 0.")
-        if not np.isfinite(anomaly_map).all():
-            raise ValueError(f"pixel_metrics: map {index} holds NaN or infinite values, expected finite scores.")
-        yield anomaly_map, mask
-
-
-def _lesion_pixels(
-    maps: Sequence[NDArray[np.float32]], masks: Sequence[NDArray[np.bool_]]
-) -> tuple[NDArray[np.float32], Floats]:
-    """Scores of all lesion pixels, ascending, and the share of its region that each pixel makes up."""
-    from scipy import ndimage
-
-    scores, shares = [np.empty(0, np.float32)], [np.empty(0)]
-    for anomaly_map, mask in _pairs(maps, masks):
-        regions, _ = ndimage.label(mask, structure=np.ones((3, 3)))
-        region = regions[mask]
-        scores.append(anomaly_map[mask])
-        shares.append(1.0 / np.bincount(region)[region])
-    pooled = np.concatenate(scores)
-    order = np.argsort(pooled)
-    return pooled[order], np.concatenate(shares)[order]
 
 
 def bootstrap(
@@ -251,9 +167,9 @@ def bootstrap(
         )
     values_by_draw = np.asarray(scores, np.float64)
     for row in np.atleast_2d(values_by_draw):
-        _, image_labels = _scores_and_labels(row, labels)
+        _, image_labels = checked_scores(row, labels)
     images_in_all = len(image_labels)
-    patients, owner = _owners(groups if groups is not None else range(images_in_all), images_in_all)
+    patients, owner = number_patients(groups if groups is not None else range(images_in_all), images_in_all)
     strata = _strata(image_labels, owner, patients)
     value = float(metric(values_by_draw, image_labels))
     by_patient = np.argsort(owner, kind="stable")
@@ -296,8 +212,19 @@ def _strata(labels: Integers, owner: Integers, patients: int) -> list[Integers]:
     return [np.flatnonzero(chosen) for chosen in (share == 0, share == 1, (share > 0) & (share < 1))]
 
 
-def _owners(groups: Sequence[Any], images: int) -> tuple[int, Integers]:
-    """Number of patients and, for every image, the number of its patient in the order of the sorted ids."""
+def number_patients(groups: Sequence[Any], images: int) -> tuple[int, Integers]:
+    """Number the patients.
+
+    Args:
+        groups: Patient id of every image, none missing.
+        images: Number of images.
+
+    Returns:
+        How many patients there are and, for every image, the number of its patient in the order of the sorted ids.
+
+    Raises:
+        ValueError: An id is missing.
+    """
     missing = sum(group is None for group in groups)
     if len(groups) != images or missing:
         raise ValueError(
@@ -308,7 +235,19 @@ def _owners(groups: Sequence[Any], images: int) -> tuple[int, Integers]:
     return len(names), owner.astype(np.int64)
 
 
-def _scores_and_labels(scores: ArrayLike, labels: ArrayLike) -> tuple[Floats, Integers]:
+def checked_scores(scores: ArrayLike, labels: ArrayLike) -> tuple[Floats, Integers]:
+    """Take scores and labels as arrays, or refuse them.
+
+    Args:
+        scores: (N,).
+        labels: (N,).
+
+    Returns:
+        Scores (N,) float64, all finite, and labels (N,) int64, all 0 or 1.
+
+    Raises:
+        ValueError: They are not.
+    """
     values, classes = np.asarray(scores, np.float64), np.asarray(labels)
     if values.ndim != 1 or values.shape != classes.shape:
         raise ValueError(f"metrics: got scores {values.shape} and labels {classes.shape}, expected (N,) twice.")
@@ -320,51 +259,15 @@ def _scores_and_labels(scores: ArrayLike, labels: ArrayLike) -> tuple[Floats, In
     return values, classes.astype(np.int64)
 
 
-def _count_images(scores: ArrayLike, labels: ArrayLike) -> _Counts:
-    values, classes = _scores_and_labels(scores, labels)
-    anomalous, normal = np.sort(values[classes == 1]), values[classes == 0]
-    _require_both_classes("metrics", len(normal), len(anomalous), "anomalous")
-    return _count(anomalous, [normal])
-
-
-def _require_both_classes(where: str, normal: int, anomalous: int, name: str) -> None:
+def _require_both_classes(normal: int, anomalous: int, where: str = "metrics") -> None:
     if not normal or not anomalous:
-        raise ValueError(f"{where}: needs both classes, got {normal} normal and {anomalous} {name}.")
+        raise ValueError(f"{where}: needs both classes, got {normal} normal and {anomalous} anomalous.")
 
 
-def _count(anomalous: Scores, normals: Iterable[Scores]) -> _Counts:
-    """Fill the table from the anomalous scores, ascending, and the normal scores in any number of chunks."""
-    false_alarms, outright = np.zeros((2, len(anomalous) + 1), np.int64)
-    total = 0
-    for chunk in normals:
-        ascending = np.sort(chunk)  # look-ups in order stay in the cache
-        np.add.at(outright, np.searchsorted(anomalous, ascending, "left"), 1)
-        np.add.at(false_alarms, np.searchsorted(anomalous, ascending, "right"), 1)
-        total += len(chunk)
-    for histogram in (false_alarms, outright):  # a normal item at place i passes the thresholds 0 .. i - 1
-        np.cumsum(histogram[::-1], out=histogram[::-1])
-    hits = len(anomalous) - np.searchsorted(anomalous, anomalous, "left")
-    return _Counts(hits, false_alarms[1:], outright[1:], total)
-
-
-def _area(counts: _Counts, *, limit: float, shares: Floats | None = None) -> float:
-    """Area under the curve of found shares over false positive rates 0 to `limit`, divided by `limit`.
-
-    The curve rises by a pixel's share where the false positive rate passes from `start` (normals strictly above it) to
-    `stop` (ties included), linearly in between; what lies beyond the limit is cut off at the limit exactly.
-    """
-    start, stop = counts.outright / counts.normals, counts.false_alarms / counts.normals
-    ties = np.maximum(stop - start, np.finfo(np.float64).tiny)
-    start, stop = np.minimum(start, limit), np.minimum(stop, limit)
-    risen = (stop - start) / ties  # how far the rise got before the limit; 0 without ties
-    beyond = limit - stop + (stop - start) * risen / 2.0  # area that a rise of 1 leaves to its right, up to the limit
-    return float(np.average(beyond / limit, weights=shares))
-
-
-def _f1_max(counts: _Counts) -> float:
-    return float(np.max(2.0 * counts.hits / (len(counts.hits) + counts.hits + counts.false_alarms)))
-
-
-def _f1_floor(counts: _Counts) -> float:
-    """2p / (1 + p) for a share p of anomalous items."""
-    return 2.0 * len(counts.hits) / (2.0 * len(counts.hits) + counts.normals)
+def _f1_max(values: Floats, classes: Integers) -> float:
+    """The best F1 of calling everything anomalous that scores at least as high as some item."""
+    order = np.argsort(-values)
+    descending, hits = values[order], np.cumsum(classes[order])
+    last = np.append(descending[1:] != descending[:-1], True)  # of equal scores: a threshold calls all or none
+    called = np.arange(1, len(values) + 1)
+    return float(np.max((2.0 * hits / (hits[-1] + called))[last]))
