@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -293,6 +293,13 @@ def test_a_bundle_that_lost_its_second_teacher_is_refused(lite0, tmp_path):
         Detector.load(tmp_path)
 
 
+def test_a_bundle_that_lost_a_teachers_file_names_the_file(lite0, own_teacher, tmp_path):
+    pair(lite0, own_teacher).save(tmp_path)
+    (tmp_path / "global_teacher.safetensors").unlink()
+    with pytest.raises(WeightsError, match=r"global_teacher\.safetensors: missing; .*--global_teacher\.weights FILE"):
+        Detector.load(tmp_path)
+
+
 def test_a_bundle_older_than_some_settings_still_loads(bundle, make_detector, phantom):
     facts = json.loads((bundle / "config.json").read_text())
     for key in ("pdd", "self_distillation", "learn_to_weight"):
@@ -314,6 +321,7 @@ def a_bank():
         preprocessing=Preprocessing((64, 96), "pad", "bilinear", Intensity("range", -1000.0, 400.5)),
         model_hash="0123abcd",
         map_range=(0.1, 1 / 3),
+        precision="bf16",
     )
 
 
@@ -321,11 +329,18 @@ def test_a_bank_comes_back_as_it_was(tmp_path):
     bank = a_bank()
     save_bank(bank, tmp_path / "bank.safetensors")
     loaded = load_bank(tmp_path / "bank.safetensors")
-    for attribute in ("task", "names", "sha256", "preprocessing", "model_hash", "map_range", "shots"):
+    for attribute in ("task", "names", "sha256", "preprocessing", "model_hash", "map_range", "shots", "digest"):
         assert getattr(loaded, attribute) == getattr(bank, attribute), attribute
     assert loaded.tensors.keys() == bank.tensors.keys()
     for name, tensor in bank.tensors.items():
         torch.testing.assert_close(loaded.tensors[name], tensor, rtol=0, atol=0)
+
+
+def test_a_banks_digest_is_that_of_its_images_and_precision():
+    bank = a_bank()
+    shuffled = replace(bank, sha256=bank.sha256[::-1], names=bank.names[::-1], map_range=(0.0, 1.0))
+    assert shuffled.digest == bank.digest
+    assert len({bank.digest, replace(bank, sha256=bank.sha256[:2]).digest, replace(bank, precision=None).digest}) == 3
 
 
 @pytest.mark.parametrize(

@@ -7,17 +7,11 @@ from golden_io import Golden, uniform
 from PIL import Image as Pillow
 
 from anatomaly.errors import ConfigError, NotReadyError, ReadError, WeightsError
-from anatomaly.inference import (
-    Detector,
-    choose_device,
-    compare_tensor,
-    encode_tensor,
-    leave_one_out_maps,
-    predict_tensor,
-)
+from anatomaly.inference import Detector, choose_device
 from anatomaly.methods import METHODS
 from anatomaly.official import import_checkpoint
 from anatomaly.results import scale_from_normals
+from anatomaly.spine import compare_tensor, encode_tensor, leave_one_out_maps, predict_tensor
 from anatomaly.types import Intensity, Preprocessing, Sample, Scoring
 
 GOLDEN = f"{__file__.rsplit('/', 1)[0]}/golden"
@@ -216,6 +210,12 @@ def test_a_task_brings_its_own_intensity_rule_unless_one_is_given(make_detector,
     assert detector.make_bank(supports[:1], task="head_ct", intensity=given).preprocessing.intensity == given
 
 
+def test_a_method_without_support_says_so_when_given_a_bank(detector, make_detector, supports, tmp_path):
+    detector.set_support(supports[:1]).save_support(tmp_path / "bank.safetensors")
+    with pytest.raises(ConfigError, match="pdd learned what is normal in training and compares with no support"):
+        make_detector("pdd").load_support(tmp_path / "bank.safetensors")
+
+
 # Files in, predictions out
 
 
@@ -244,6 +244,14 @@ def test_a_run_of_unreadable_files_only_ends_well(detector, supports, tmp_path):
     assert len(predictions) == 5
     assert all(prediction.error for prediction in predictions)
     assert list(detector.predict([])) == []
+
+
+def test_a_query_that_is_a_support_is_scored_and_marked(detector, supports, tests):
+    first, second = detector.set_support(supports).predict([supports[1], tests[0]])
+    assert first.note == "one of the support images: compared with itself"
+    assert np.isfinite(first.score)
+    assert second.note is None
+    assert first.sha256 == detector.bank.sha256[1]
 
 
 def test_rows_keep_what_the_manifest_says_and_paths_get_the_task(detector, supports, tests):

@@ -64,9 +64,27 @@ def test_the_table_reads_back_exactly(tmp_path):
         "seconds": 0.125,
         "map": "maps/a_0004.npy",
         "overlay": "overlays/a_0004.png",
+        "p_value": None,
+        "note": None,
         "weight_0": 0.375,
         "weight_1": 0.625,
     }
+
+
+def test_a_p_value_and_a_note_stand_in_both_tables(tmp_path):
+    row = written(tmp_path, prediction(p_value=0.05, note="one of the support images"))[0]
+    assert (row["p_value"], row["note"]) == (0.05, "one of the support images")
+    line = json.loads((tmp_path / "scores.jsonl").read_text())
+    assert (line["p_value"], line["note"]) == (0.05, "one of the support images")
+
+
+def test_a_table_from_before_p_values_is_still_read(tmp_path):
+    older = [column for column in COLUMNS if column not in ("p_value", "note")]
+    (tmp_path / "scores.csv").write_text(",".join(older) + ",weight_0\na.png,,t,1,0.5,ok,,1.0,,,1.0\n")
+    [row] = read_scores(tmp_path / "scores.csv")
+    assert row["score"] == 0.5
+    assert row["weight_0"] == 1.0
+    assert "p_value" not in row
 
 
 def test_json_lines_hold_levels_spacing_scale_and_names(tmp_path):
@@ -255,7 +273,10 @@ def test_weights_of_another_bank_are_refused(tmp_path):
         ("", "has no column 'path'"),
         ("a,b\n1,2\n", "has no column 'path'"),
         (",".join(COLUMNS) + "\na.png,,headct,,0.5\n", "row 1 is incomplete"),
-        (",".join(COLUMNS) + "\na.png,,t,,0.5,ok,,1.0,,\nb.png,,t,,high,ok,,1.0,,\n", "row 2 is incomplete or damaged"),
+        (
+            ",".join(COLUMNS) + "\na.png,,t,,0.5,ok,,1.0,,,,\nb.png,,t,,high,ok,,1.0,,,,\n",
+            "row 2 is incomplete or damaged",
+        ),
         (b"\xff\xfe\x00", "cannot be read as a table"),
     ],
 )

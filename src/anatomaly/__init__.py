@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from anatomaly.calibrating import calibrate as calibrate
     from anatomaly.config import FitConfig as FitConfig
     from anatomaly.data.manifest import load_manifest as load_manifest
     from anatomaly.evaluation import evaluate as evaluate
@@ -22,11 +23,12 @@ _PUBLIC = {
     "Detector": "anatomaly.inference",
     "FitConfig": "anatomaly.config",
     "Prediction": "anatomaly.types",
+    "calibrate": "anatomaly.calibrating",
     "evaluate": "anatomaly.evaluation",
     "fit": "anatomaly.training",
     "load_manifest": "anatomaly.data.manifest",
 }
-__all__ = ["Detector", "FitConfig", "Prediction", "__version__", "evaluate", "fit", "load_manifest"]
+__all__ = ["Detector", "FitConfig", "Prediction", "__version__", "calibrate", "evaluate", "fit", "load_manifest"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,13 +1,16 @@
 """Models and support banks on disk: safetensors for numbers, JSON for facts, never pickle.
 
 A bundle is a folder: ``config.json`` (method, teacher identity and hash, preprocessing, scoring, training facts,
-versions), ``weights.safetensors`` (the trainable part) and, when a teacher came from a user's own file,
-``teacher.safetensors`` or ``global_teacher.safetensors``.  A bank is one safetensors file with its facts as metadata.
+versions), ``weights.safetensors`` (the trainable part), ``calibration.json`` once it was calibrated and, when a teacher
+came from a user's own file, ``teacher.safetensors`` or ``global_teacher.safetensors``.  A bank is one safetensors file
+with its facts as metadata.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import platform
 from dataclasses import asdict
 from pathlib import Path
@@ -18,10 +21,10 @@ from anatomaly.backbones import build_backbone
 from anatomaly.backbones.weights import load_strict, state_digest
 from anatomaly.errors import NotReadyError, WeightsError
 from anatomaly.results import write_whole
-from anatomaly.types import Intensity, Preprocessing, Scoring, SupportBank
+from anatomaly.types import Calibration, Intensity, Preprocessing, Scoring, SupportBank
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import torch
     from torch import Tensor
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
     from anatomaly.methods import AnyMethod
 
 FORMAT = 1
-CONFIG, WEIGHTS = "config.json", "weights.safetensors"
+CONFIG, WEIGHTS, CALIBRATION = "config.json", "weights.safetensors", "calibration.json"
 #: What the facts call a method's teachers, in the method's own order.
 TEACHERS = ("teacher", "global_teacher")
 
@@ -62,6 +65,7 @@ def save_bundle(folder: Path, method: AnyMethod, config: Mapping[str, Any]) -> N
             write_tensors(teacher_file(folder, role), teachers[role].body.state_dict())
         else:
             teacher_file(folder, role).unlink(missing_ok=True)  # of an older bundle; `Detector.load` would take it
+    (folder / CALIBRATION).unlink(missing_ok=True)  # likewise
     write_whole(folder / CONFIG, (json.dumps(facts, indent=2) + "\n").encode())
 
 
@@ -128,6 +132,11 @@ def load_teacher(folder: Path, role: str, facts: Mapping[str, Any], weights: str
     """
     own = teacher_file(folder, role)
     stored = str(own) if own.is_file() else facts["weights"]
+    if stored == "file" and weights is None:
+        raise WeightsError(
+            f"{own}: missing; {facts['name']} had its weights from a file, and the bundle keeps a copy here. "
+            f"Copy the whole bundle again, or pass the weights with --{role}.weights FILE."
+        )
     teacher = build_backbone(facts["name"], weights=weights or stored, normalise=facts["normalise"])
     if teacher.weights_hash != facts["hash"]:
         raise WeightsError(
@@ -166,6 +175,7 @@ def save_bank(bank: SupportBank, file: Path) -> None:
         "preprocessing": asdict(bank.preprocessing),
         "model_hash": bank.model_hash,
         "map_range": bank.map_range,
+        "precision": bank.precision,
     }
     write_tensors(file, bank.tensors, {"bank": json.dumps(facts)})
 
@@ -193,9 +203,62 @@ def load_bank(file: Path) -> SupportBank:
             preprocessing=_preprocessing(facts["preprocessing"]),
             model_hash=facts["model_hash"],
             map_range=(float(low), float(high)),
+            precision=facts.get("precision"),
         )
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as err:
         raise NotReadyError(f"{file}: not a support bank. Make one with `anatomaly predict --save_bank FILE`.") from err
+
+
+def save_calibrations(calibrations: Sequence[Calibration], folder: Path) -> None:
+    """Write all calibrations of a bundle, the same bytes for the same calibrations.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    entries = [asdict(each) for each in calibrations]
+    entries = [entry | {"digest": _digest(entry)} for entry in entries]
+    entries.sort(key=lambda entry: (entry["task"], entry["digest"]))
+    text = json.dumps({"format": FORMAT, "calibrations": entries}, indent=1, allow_nan=False)
+    write_whole(folder / CALIBRATION, (text + "\n").encode())
+
+
+def load_calibrations(folder: Path) -> tuple[Calibration, ...]:
+    """Read the calibrations of a bundle; none where it was never calibrated.
+
+    Raises:
+        NotReadyError: The file is damaged or changed, or one of a newer format.
+    """
+    file = folder / CALIBRATION
+    if not file.exists():
+        return ()
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        if facts["format"] != FORMAT:
+            raise NotReadyError(f"{file}: calibration format {facts['format']}, expected {FORMAT}. Update anatomaly.")
+        return tuple(_calibration(dict(entry)) for entry in facts["calibrations"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
+        raise NotReadyError(f"{file}: damaged or changed. Remove it and run `anatomaly calibrate` again.") from err
+
+
+def _calibration(entry: dict[str, Any]) -> Calibration:
+    """Rebuild a record from its JSON form; a KeyError, TypeError or ValueError where it is not what was written."""
+    digest = entry.pop("digest")
+    found = Calibration(
+        **{
+            **entry,
+            **{key: tuple(entry[key]) for key in ("scores", "images", "sha256")},
+            "preprocessing": _preprocessing(entry["preprocessing"]),
+            "scoring": Scoring(**entry["scoring"]),
+        }
+    )
+    sound = found.n == len(found.images) > 0 and all(map(math.isfinite, found.scores))
+    if digest != _digest(asdict(found)) or not sound:
+        raise ValueError("the digest is not that of the entry")
+    return found
+
+
+def _digest(entry: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()
 
 
 def _preprocessing(facts: Mapping[str, Any]) -> Preprocessing:

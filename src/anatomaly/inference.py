@@ -1,8 +1,4 @@
-"""The spine every number comes from: `predict_tensor`, and the `Detector` that carries it to files.
-
-Training calls `predict_tensor` to choose a checkpoint, benchmarks call it to measure, `Detector.predict` calls it to
-judge a scan: one function, no state, and images that do not see their neighbours in the batch.
-"""
+"""The `Detector`: a trained model that carries `spine.predict_tensor` to files, supports and saved banks."""
 
 from __future__ import annotations
 
@@ -10,7 +6,7 @@ import hashlib
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,12 +16,15 @@ from anatomaly.bundle import (
     CONFIG,
     TEACHERS,
     load_bank,
+    load_calibrations,
     load_teacher,
     load_weights,
     read_config,
     save_bank,
     save_bundle,
+    save_calibrations,
 )
+from anatomaly.calibration import best_fit, misfit, with_p_value
 from anatomaly.config import check_preprocessing, check_scoring, check_stored
 from anatomaly.data.layouts import samples_of
 from anatomaly.data.loading import load_batches
@@ -34,8 +33,8 @@ from anatomaly.data.transforms import load, resolve_intensity, restore_map
 from anatomaly.errors import ConfigError, NotReadyError
 from anatomaly.methods import build_method
 from anatomaly.results import scale_from_normals
-from anatomaly.scoring import anomaly_map, blur, image_score
-from anatomaly.types import Intensity, Prediction, Preprocessing, Scoring, SupportBank
+from anatomaly.spine import compare_tensor, encode_tensor, leave_one_out_maps
+from anatomaly.types import Calibration, Intensity, Prediction, Preprocessing, Scoring, SupportBank
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -45,87 +44,8 @@ if TYPE_CHECKING:
 
     from anatomaly.data.transforms import Prepared
     from anatomaly.methods import AnyMethod
-    from anatomaly.types import Comparison, Method, Sample
-
-Precision = Literal["fp32", "bf16"]
-
-
-class Scored(NamedTuple):
-    """What `predict_tensor` returns: maps (B, H, W), scores (B,) and weights (B, levels, K) or None."""
-
-    maps: Tensor
-    scores: Tensor
-    weights: Tensor | None
-
-
-def encode_tensor(method: Method, images: Tensor, *, precision: Precision = "fp32") -> Sequence[Tensor]:
-    """The part of a prediction that needs no support: (B, 3, H, W) images in [0, 1] -> student features per level."""
-    with torch.inference_mode(), torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        return method.encode(method.extract(images))
-
-
-def compare_tensor(
-    method: Method,
-    encoded: Sequence[Tensor],
-    support: Mapping[str, Tensor],
-    *,
-    size: tuple[int, int],
-    scoring: Scoring,
-) -> Scored:
-    """The part of a prediction that does: encoded queries and an embedded support -> maps, scores and weights."""
-    with torch.inference_mode():
-        comparisons = method.compare(encoded, support)
-        maps = blur(anomaly_map(comparisons, size), scoring.blur)
-        return Scored(maps, image_score(maps, scoring), _weights(comparisons))
-
-
-def predict_tensor(
-    method: Method,
-    images: Tensor,
-    support: Mapping[str, Tensor],
-    *,
-    scoring: Scoring,
-    precision: Precision = "fp32",
-) -> Scored:
-    """Judge a batch of images against a support.
-
-    Args:
-        method: In eval mode.
-        images: (B, 3, H, W), float32, in [0, 1].
-        support: What `method.embed_support` returned.
-        scoring: Blur and pooling.
-        precision: Of teacher and student; maps and scores are float32 in any case.
-    """
-    encoded = encode_tensor(method, images, precision=precision)
-    return compare_tensor(method, encoded, support, size=(images.shape[2], images.shape[3]), scoring=scoring)
-
-
-def _weights(comparisons: Sequence[Comparison]) -> Tensor | None:
-    weights = [comparison.weights for comparison in comparisons if comparison.weights is not None]
-    return torch.stack(weights, dim=1) if weights else None
-
-
-def leave_one_out_maps(
-    method: Method, encoded: Sequence[Tensor], support: Mapping[str, Tensor], *, size: tuple[int, int], scoring: Scoring
-) -> Tensor:
-    """Maps of the K supports, each judged against the other K - 1.
-
-    Args:
-        method: In eval mode.
-        encoded: `method.encode` of the supports, each (K, C, h, w), K >= 2.
-        support: `method.embed_support` of the supports.
-        size: (H, W) of the maps.
-        scoring: Blur and pooling.
-
-    Returns:
-        (K, H, W), float32.
-    """
-    maps = []
-    for k in range(len(encoded[0])):
-        others = {name: torch.cat([tensor[:k], tensor[k + 1 :]]) for name, tensor in support.items()}
-        query = [level[k : k + 1] for level in encoded]
-        maps.append(compare_tensor(method, query, others, size=size, scoring=scoring).maps)
-    return torch.cat(maps)
+    from anatomaly.spine import Precision, Scored
+    from anatomaly.types import Sample
 
 
 class Detector:
@@ -139,6 +59,7 @@ class Detector:
         task_intensity: Intensity rules of known tasks that differ from `preprocessing.intensity`.
         device: Where to compute.
         precision: "fp32", or "bf16" (faster on CPUs with AVX-512 bf16 or AMX and on GPUs).
+        calibrations: From `calibrating.calibrate`; `predict` takes p-values from the one that fits, if any does.
     """
 
     def __init__(
@@ -151,6 +72,7 @@ class Detector:
         task_intensity: Mapping[str, Intensity] | None = None,
         device: str = "auto",
         precision: Precision = "fp32",
+        calibrations: Sequence[Calibration] = (),
     ) -> None:
         check_preprocessing(preprocessing)
         check_scoring(scoring)
@@ -164,6 +86,7 @@ class Detector:
         self.precision: Precision = precision
         self.bank: SupportBank | None = None
         self.model_hash = _model_hash(method, self.facts)
+        self.calibrations = tuple(calibrations)
 
     @classmethod
     def load(
@@ -185,7 +108,7 @@ class Detector:
             global_teacher_weights: Likewise for the second teacher of PDD.
 
         Raises:
-            NotReadyError: The folder is not a bundle, or its settings are out of range.
+            NotReadyError: The folder is not a bundle, its settings are out of range, or its calibration is damaged.
             WeightsError: The teacher's weights cannot be had, or are not those the student was trained with.
         """
         folder = Path(bundle)
@@ -206,6 +129,7 @@ class Detector:
             task_intensity=config["task_intensity"],
             device=device,
             precision=precision,
+            calibrations=load_calibrations(folder),
         )
 
     def save(self, bundle: str | Path) -> None:
@@ -221,6 +145,8 @@ class Detector:
             "scoring": asdict(self.scoring),
         }
         save_bundle(Path(bundle), self.method, facts)
+        if self.calibrations:
+            self.save_calibrations(bundle)
 
     def set_support(
         self, images: Iterable[str | Path | Sample], *, task: str = "task", intensity: Intensity | None = None
@@ -247,11 +173,7 @@ class Detector:
         self, images: Iterable[str | Path | Sample], *, task: str = "task", intensity: Intensity | None = None
     ) -> SupportBank:
         """Like `set_support`, but only return the bank."""
-        if not self.method.needs_support:
-            raise ConfigError(
-                f"support: {self.facts['method']['name']} learned what is normal in training and compares with no "
-                "support images. Leave out --support and --bank."
-            )
+        self._check_takes_support()
         samples = [sample for item in _items(images) for sample in samples_of(item, task=task)]
         if not samples:
             raise ConfigError("support: got no images, expected at least 1 normal image. Check the support folder.")
@@ -288,7 +210,15 @@ class Detector:
             preprocessing=preprocessing,
             model_hash=self.model_hash,
             map_range=map_range,
+            precision=self.precision,
         )
+
+    def _check_takes_support(self) -> None:
+        if not self.method.needs_support:
+            raise ConfigError(
+                f"support: {self.facts['method']['name']} learned what is normal in training and compares with no "
+                "support images. Leave out --support and --bank."
+            )
 
     def set_task(self, task: str, *, intensity: Intensity | None = None) -> Detector:
         """What `set_support` is for a method without support: from here the task's rule and colour scale hold."""
@@ -315,6 +245,7 @@ class Detector:
             preprocessing=replace(self.preprocessing, intensity=rule),
             model_hash=self.model_hash,
             map_range=(float(low), float(high)),
+            precision=self.precision,
         )
 
     def save_support(self, file: str | Path) -> None:
@@ -330,8 +261,10 @@ class Detector:
         """Use a saved bank.
 
         Raises:
+            ConfigError: The method has no support.
             NotReadyError: The file is not a bank, or was made with another model or another preprocessing.
         """
+        self._check_takes_support()
         self.bank = self.accept(load_bank(Path(file)))
         return self
 
@@ -353,6 +286,48 @@ class Detector:
             )
         return replace(bank, tensors={key: tensor.to(self.device) for key, tensor in bank.tensors.items()})
 
+    def calibrate_with(self, calibration: Calibration) -> Detector:
+        """Take a calibration up, in place of an earlier one of the same setting."""
+        others = (each for each in self.calibrations if misfit(each, calibration))
+        self.calibrations = (*others, calibration)
+        return self
+
+    def save_calibrations(self, bundle: str | Path) -> None:
+        """Write the calibrations into this model's bundle; `load` finds them there.
+
+        Raises:
+            OutputError: The file cannot be written.
+        """
+        save_calibrations(self.calibrations, Path(bundle))
+
+    def setting(self, bank: SupportBank) -> Calibration:
+        """Everything that scores against this bank depend on, as a calibration without scores."""
+        return Calibration(
+            task=bank.task,
+            kind="held-out",
+            guarantee="exact",
+            unit="image",
+            scores=(),
+            images=(),
+            sha256=(),
+            model_hash=self.model_hash,
+            bank_digest=bank.digest,
+            preprocessing=bank.preprocessing,
+            scoring=self.scoring,
+            precision=self.precision,
+        )
+
+    def find_calibration(self) -> tuple[Calibration | None, str]:
+        """The calibration that fits the current support, and one line to say about it.
+
+        Returns:
+            The calibration, or None; the line says why there is none and is empty where there never was one.
+
+        Raises:
+            NotReadyError: There is no support yet.
+        """
+        return best_fit(self.calibrations, self.setting(self.ready()))
+
     def predict(
         self, items: Iterable[str | Path | Sample], *, batch_size: int = 16, task: str = "task"
     ) -> Iterator[Prediction]:
@@ -370,13 +345,14 @@ class Detector:
             NotReadyError: There is no support yet.
         """
         bank = self.ready()
+        calibration, _ = self.find_calibration()
         if batch_size < 1:
             raise ConfigError(f"predict: batch_size is {batch_size}, expected at least 1.")
         samples = (sample for item in _items(items) for sample in samples_of(item, task=task))
         started = time.perf_counter()
         for batch in load_batches(samples, bank.preprocessing, batch_size=batch_size):
             readable = [(item.sample, item.prepared) for item in batch if item.prepared is not None]
-            scored = iter(self._score(readable, bank))
+            scored = iter([with_p_value(each, bank, calibration) for each in self._score(readable, bank)])
             seconds = (time.perf_counter() - started) / len(batch)
             for item in batch:
                 failure = Prediction(sample=item.sample, score=float("nan"), error=item.error)
@@ -406,6 +382,7 @@ class Detector:
                 image=prepared.display,
                 support_weights=None if weights is None else weights[i],
                 spacing=prepared.image.spacing,
+                sha256=f"{prepared.image.sha256}#{sample.frame or 0}",
             )
             for i, (sample, prepared) in enumerate(items)
         ]

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import heapq
+import math
+from collections import defaultdict
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from anatomaly.calibration import Call, needed_calls, needed_normals, rejected_up_to, threshold, unit_of
 from anatomaly.data.readers import sniff_format
 from anatomaly.data.volumes import write_volume
+from anatomaly.errors import ConfigError
 from anatomaly.report import Table, shrink, write_report
 from anatomaly.results import ResultWriter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
     from pathlib import Path
 
     import numpy as np
     from numpy.typing import NDArray
 
     from anatomaly.inference import Detector
-    from anatomaly.types import Prediction, Sample
+    from anatomaly.types import Calibration, Prediction, Sample
 
 _CASES = 200  # shown in the report; their pictures are kept in memory, shrunk
 
@@ -32,11 +36,15 @@ class Summary:
         predictions: One per image, in order, without pictures except for the highest scores.
         report: The HTML file.
         failed: Number of images without a score.
+        calls: What was called anomalous at the rates asked for.
+        remarks: Lines to tell about p-values, and about images the model has seen.
     """
 
     predictions: tuple[Prediction, ...]
     report: Path
     failed: int
+    calls: tuple[Call, ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
 def predict_to_folder(
@@ -52,6 +60,9 @@ def predict_to_folder(
     tables: Sequence[Table] = (),
     maps: bool = True,
     overlays: bool = True,
+    alpha: float | None = None,
+    fdr: float | None = None,
+    dependent: bool = False,
     on_progress: Callable[[Prediction], None] = lambda prediction: None,
 ) -> Summary:
     """Judge images against the detector's support and write scores.csv, scores.jsonl, maps, overlays and report.html.
@@ -70,13 +81,20 @@ def predict_to_folder(
         tables: More tables for the report.
         maps: Write maps as arrays (and volumes).
         overlays: Write overlays as pictures.
+        alpha: Call images anomalous at this false-positive rate; needs a calibration that fits.
+        fdr: Call images of this run so that at most this share of the calls is false on average; likewise.
+        dependent: Make `fdr` hold under any dependence between the images (Benjamini-Yekutieli).
         on_progress: Called with every prediction.
 
     Raises:
         NotReadyError: The detector has no support, and its method needs one.
+        ConfigError: A rate that the calibration is too small for, or a rate without a calibration that fits.
         OutputError: Something cannot be written; the rows so far are complete.
     """
     bank = detector.ready()
+    calibration, line = detector.find_calibration()
+    for option, rate in (("alpha", alpha), ("fdr", fdr)):
+        _check_rate(option, rate, calibration, line)
     kept: list[Prediction] = []
     highest: list[tuple[float, int]] = []  # heap of (score, -index) with pictures; the report, too, shows ties in order
     volumes = _Volumes(out / "maps") if maps else None
@@ -96,6 +114,7 @@ def predict_to_folder(
             on_progress(prediction)
     if volumes is not None:
         volumes.flush()
+    calls = () if calibration is None else tuple(_calls(kept, calibration, alpha, fdr, dependent))
     report = write_report(
         out / "report.html",
         kept,
@@ -106,9 +125,77 @@ def predict_to_folder(
         about=_about(detector, bank.task),
         metrics=metrics,
         tables=tables,
+        calibration=calibration,
+        calls=calls,
         max_cases=_CASES,
     )
-    return Summary(tuple(kept), report, sum(prediction.error is not None for prediction in kept))
+    remarks = (*([line] if line else []), *_remarks(kept, calibration, fdr, dependent))
+    return Summary(tuple(kept), report, sum(p.error is not None for p in kept), calls, remarks)
+
+
+def _check_rate(option: str, rate: float | None, calibration: Calibration | None, line: str) -> None:
+    """Refuse a rate that nothing can be called at, before anything is written."""
+    if rate is None:
+        return
+    if not 0 < rate < 1:
+        raise ConfigError(f"{option}: got {rate}, expected a rate between 0 and 1, such as 0.05.")
+    if calibration is None:
+        raise ConfigError(f"{option}: {line or 'the model is not calibrated. Run anatomaly calibrate first.'}")
+    if calibration.n < (needed := needed_normals(rate)):
+        n = calibration.n
+        raise ConfigError(
+            f"{option}: {rate:.4g} needs a calibration on {needed} or more normal {calibration.unit}s, got {n}: "
+            f"no p-value below {1 / (n + 1):.3g} is possible. Calibrate on more (--normals) or ask for a higher rate."
+        )
+
+
+def _units(predictions: Sequence[Prediction], unit: Literal["patient", "scan", "image"]) -> dict[Hashable, list[float]]:
+    """The p-values of a run by unit."""
+    units: defaultdict[Hashable, list[float]] = defaultdict(list)
+    for p in predictions:
+        if p.p_value is not None and p.sha256 is not None:
+            units[unit_of(p.sample, p.sha256, unit)].append(p.p_value)
+    return units
+
+
+def _calls(
+    predictions: Sequence[Prediction],
+    calibration: Calibration,
+    alpha: float | None,
+    fdr: float | None,
+    dependent: bool,
+) -> Iterable[Call]:
+    """The rules asked for; units, not their images, are what false discovery control counts."""
+    cuts = [] if alpha is None else [(f"{100 * alpha:.4g} % false-positive rate", alpha)]
+    if fdr is not None:
+        found = [min(values) for values in _units(predictions, calibration.unit).values()]
+        cuts.append((f"{100 * fdr:.4g} % false discovery rate", rejected_up_to(found, fdr, dependent=dependent)))
+    for name, p in cuts:
+        yield Call(name, p, threshold(calibration.scores, p) if p > 0 else math.inf)
+
+
+def _remarks(
+    predictions: Sequence[Prediction], calibration: Calibration | None, fdr: float | None, dependent: bool
+) -> Iterable[str]:
+    notes = [p.note for p in predictions if p.note is not None]
+    for note in sorted(set(notes)):
+        yield f"{notes.count(note)} of {len(predictions)} images: {note}."
+    if calibration is None:
+        return
+    most = max(calibration.images)
+    of_files = _units(predictions, "scan" if calibration.unit == "image" else calibration.unit)
+    if larger := sum(len(values) > most for values in of_files.values()):
+        yield (
+            f"{larger} patients or files have more images than the {most} that calibrated ones have at most: read "
+            "their p-values image by image, the smallest of them is not one of the patient."
+        )
+    m = len(_units(predictions, calibration.unit))
+    if fdr is not None and m and (needed := needed_calls(calibration.n, m, fdr, dependent=dependent)) > 1:
+        unit = calibration.unit
+        yield (
+            f"fdr {fdr:.4g}: {needed} of these {m} {unit}s must score above every calibrated one before any is called"
+            f"{', which cannot be' if needed > m else ''}; with more calibration {unit}s fewer would do."
+        )
 
 
 def _about(detector: Detector, task: str) -> dict[str, str]:

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from anatomaly.calibration import Call, describe
 from anatomaly.results import encode_picture, overlay, render_map, write_whole
-from anatomaly.types import Prediction
+from anatomaly.types import Calibration, Prediction
 
 _THUMBNAIL = 256  # longest side in pixels
 _BARS_PER_CASE = 8
@@ -49,6 +50,14 @@ class _Reference(NamedTuple):
     picture: str  # data URI, or empty
 
 
+class _Page(NamedTuple):
+    """What all cases share."""
+
+    references: Sequence[_Reference]
+    scale: tuple[float, float]
+    calls: Sequence[Call]
+
+
 def write_report(
     out: Path,
     predictions: Sequence[Prediction],
@@ -60,6 +69,8 @@ def write_report(
     about: Mapping[str, str] | None = None,
     metrics: Mapping[str, str] | None = None,
     tables: Sequence[Table] = (),
+    calibration: Calibration | None = None,
+    calls: Sequence[Call] = (),
     max_cases: int = 200,
 ) -> Path:
     """Write one .html file: how to read it, overview, measured quality, and the cases from the highest score down.
@@ -74,6 +85,8 @@ def write_report(
         about: What the run was, such as model, data set and date, as label and text.
         metrics: Measured quality, such as the AUROC with its interval, as label and text.
         tables: More tables, printed after the metrics.
+        calibration: Where the p-values of the predictions come from.
+        calls: The rules by which images were called anomalous.
         max_cases: The highest-scored cases to show; the page says how many are left out.
 
     Returns:
@@ -91,9 +104,10 @@ def write_report(
     ]
     body = (
         f"{_BANNER}<header><h1>{_text(title)}</h1>{_pairs(about or {}, 'about')}</header><main>"
-        f"{_overview(predictions, scored)}{_reading_guide(references, scale, predictions)}"
+        f"{_overview(predictions, scored, calls)}{_calibrated(scored, calibration, calls)}"
+        f"{_reading_guide(references, scale, predictions)}"
         f"{_reference_gallery(references)}{_quality(metrics or {}, tables)}"
-        f"{_cases(scored, references, scale, max_cases)}</main>"
+        f"{_cases(scored, _Page(references, scale, calls), max_cases)}</main>"
         f'<footer class="banner">{_WARNING}</footer>'
     )
     style = files("anatomaly").joinpath("report.css").read_text(encoding="utf-8")
@@ -147,7 +161,7 @@ def _table(table: Table) -> str:
     )
 
 
-def _overview(predictions: Sequence[Prediction], scored: Sequence[Prediction]) -> str:
+def _overview(predictions: Sequence[Prediction], scored: Sequence[Prediction], calls: Sequence[Call]) -> str:
     failed = [p for p in predictions if not _is_scored(p)]
     facts = {"images": str(len(predictions)), "scored": str(len(scored)), "could not be scored": str(len(failed))}
     labels = [label for label in _GROUPS if any(p.sample.label == label for p in scored)]
@@ -155,7 +169,7 @@ def _overview(predictions: Sequence[Prediction], scored: Sequence[Prediction]) -
     if labelled:
         facts |= {f"known to be {_GROUPS[k]}": str(sum(p.sample.label == k for p in scored)) for k in (0, 1)}
     return (
-        f"<section><h2>Overview</h2>{_pairs(facts, 'facts')}{_histogram(scored, labels)}"
+        f"<section><h2>Overview</h2>{_pairs(facts, 'facts')}{_histogram(scored, labels, calls)}"
         f"{_table(_scores_by_label(scored, labels)) if labelled else ''}{_failures(failed)}</section>"
     )
 
@@ -183,7 +197,7 @@ def _failures(failed: Sequence[Prediction]) -> str:
     )
 
 
-def _histogram(scored: Sequence[Prediction], labels: Sequence[int | None]) -> str:
+def _histogram(scored: Sequence[Prediction], labels: Sequence[int | None], calls: Sequence[Call]) -> str:
     """How the scores are spread, as inline SVG; bars are stacked by known label."""
     if not scored:
         return "<p>No image was scored.</p>"
@@ -205,17 +219,48 @@ def _histogram(scored: Sequence[Prediction], labels: Sequence[int | None]) -> st
             if n
         ]
         below += heights
+    for call in calls:
+        if scores.min() <= call.score <= scores.max():
+            x = width * (call.score - scores.min()) / (np.ptp(scores) or 1.0)
+            bars.append(
+                f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{height}" stroke="#a8201a" stroke-dasharray="5 4">'
+                f"<title>{_text(call.name)}: above {_number(call.score)}</title></line>"
+            )
     legend = "".join(f'<span style="--c:{_COLOURS[k]}">{_GROUPS[k]}</span>' for k in labels if labels != [None])
     lowest, highest, fullest = _number(scores.min()), _number(scores.max()), _count(tallest, "image")
     alt = f"Histogram of image scores from {lowest} to {highest}; the fullest bar holds {fullest}."
     return (
         f'<figure class="histogram"><figcaption>Distribution of the {_count(len(scored), "score")}, fullest bar '
-        f'{fullest} <span class="legend">{legend}</span></figcaption>'
+        f'{fullest}{"; dashed: called above" if calls else ""} <span class="legend">{legend}</span></figcaption>'
         f'<svg viewBox="0 0 {width} {height + 1}" role="img" aria-label="{alt}">{"".join(bars)}'
         f'<line x1="0" x2="{width}" y1="{height}" y2="{height}" stroke="#51606f"/></svg>'
         f'<div class="ends"><span>{lowest}<br>lowest score</span><span>{highest}<br>highest score, least normal</span>'
         "</div></figure>"
     )
+
+
+def _calibrated(scored: Sequence[Prediction], calibration: Calibration | None, calls: Sequence[Call]) -> str:
+    """What the p-values are and rest on, and what was called."""
+    if calibration is None:
+        return ""
+    known = [p for p in scored if p.p_value is not None]
+    facts = {f"called at {call.name}": f"{sum(_is_called(p, call) for p in known)} of {len(known)}" for call in calls}
+    rules = {c.name: f"p up to {c.p:.3g}, score above {_number(c.score)}" if c.p > 0 else "calls none" for c in calls}
+    group = {"patient": "patient", "scan": "file"}.get(calibration.unit)
+    pooled = f" For a {group} with several images, the smallest p-value of its images counts." if group else ""
+    vague = " They are approximate: they rest on the reference images alone, each judged by the others."
+    return (
+        f"<section><h2>P-values</h2>{_pairs(facts, 'facts')}<p>A p-value of 0.02 says: of 100 normal "
+        f"{calibration.unit}s like those calibrated on, about 2 would score as high as this one or higher. It is not "
+        f"the chance that the image is normal, and a high p-value does not rule out disease.{pooled}"
+        f"{vague if calibration.guarantee == 'approximate' else ''}</p>"
+        f"<p>Calibrated on {_text(describe(calibration))} They hold for images from the same source: another scanner, "
+        f"protocol or age group needs its own calibration.</p>{_pairs(rules, 'about')}</section>"
+    )
+
+
+def _is_called(prediction: Prediction, call: Call) -> bool:
+    return prediction.p_value is not None and prediction.p_value <= call.p
 
 
 def _reading_guide(
@@ -266,32 +311,32 @@ def _quality(metrics: Mapping[str, str], tables: Sequence[Table]) -> str:
     )
 
 
-def _cases(
-    scored: Sequence[Prediction], references: Sequence[_Reference], scale: tuple[float, float], max_cases: int
-) -> str:
+def _cases(scored: Sequence[Prediction], page: _Page, max_cases: int) -> str:
     shown = scored[: max(0, max_cases)]
     left_out = len(scored) - len(shown)
     note = f"{_count(len(shown), 'image')}, highest score first."
     if left_out:
         note += f" {_count(left_out, 'image')} with lower scores are left out here; all of them are in scores.csv."
-    articles = "".join(_case(p, rank, len(scored), references, scale) for rank, p in enumerate(shown, 1))
+    articles = "".join(_case(p, rank, len(scored), page) for rank, p in enumerate(shown, 1))
     return f'<section id="cases"><h2>Cases</h2><p>{note}</p>{_FILTER}{articles}</section>'
 
 
-def _case(
-    prediction: Prediction, rank: int, total: int, references: Sequence[_Reference], scale: tuple[float, float]
-) -> str:
+def _case(prediction: Prediction, rank: int, total: int, page: _Page) -> str:
     sample = prediction.sample
     label = _GROUPS[sample.label]
     badge = f'<span class="badge" style="--c:{_COLOURS[sample.label]}">known to be {label}</span>'
     badge = badge if sample.label is not None else ""
+    called = [call.name for call in page.calls if _is_called(prediction, call)]
+    badge += "".join(f' <span class="call">called at {_text(name)}</span>' for name in called)
+    badge += f' <span class="remark">{_text(prediction.note)}</span>' if prediction.note is not None else ""
+    p_value = "" if prediction.p_value is None else f" p <b>{prediction.p_value:.3g}</b>"
     place = sample.task if sample.frame is None else f"{sample.task}, frame {sample.frame}"
     return (
         f'<article data-name="{_text(sample.path)}" data-label="{label}"><header>'
         f'<span class="rank" title="rank {rank} of {total}">{rank}</span>'
         f'<div class="name"><h3>{_text(sample.name)}</h3><p>{_text(place)} {badge}</p></div>'
-        f'<p class="score">score <b>{_number(prediction.score)}</b></p></header>'
-        f'<div class="views">{_views(prediction, scale)}{_weights(prediction, references)}</div></article>'
+        f'<p class="score">score <b>{_number(prediction.score)}</b>{p_value}</p></header>'
+        f'<div class="views">{_views(prediction, page.scale)}{_weights(prediction, page.references)}</div></article>'
     )
 
 

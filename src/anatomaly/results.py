@@ -30,7 +30,8 @@ from anatomaly.errors import ManifestError, OutputError
 from anatomaly.types import Prediction, Sample
 
 #: Columns of `scores.csv` that every run has; `weight_0` ... `weight_<K-1>` follow where there is a support bank.
-COLUMNS = ("path", "frame", "task", "label", "score", "status", "error", "seconds", "map", "overlay")
+COLUMNS = ("path", "frame", "task", "label", "score", "status", "error", "seconds", "map", "overlay", "p_value", "note")
+_LATER_COLUMNS = {"p_value", "note"}  # tables of older runs have none
 
 # Nine anchors of the "inferno" colour map (van der Walt and Smith, CC0): its lightness rises evenly from black to pale
 # yellow, so that equal steps of the map look like equal steps and grey-scale printing keeps the order.
@@ -296,8 +297,10 @@ def _row(prediction: Prediction) -> dict[str, Any]:
         "task": sample.task,
         "label": sample.label,
         "score": None if failed else float(prediction.score),
+        "p_value": None if prediction.p_value is None else float(prediction.p_value),
         "status": "error" if failed else "ok",
         "error": " ".join(prediction.error.split()) if prediction.error is not None else None,
+        "note": prediction.note,
         "seconds": float(prediction.seconds),
     }
 
@@ -325,8 +328,8 @@ def read_scores(path: Path) -> list[dict[str, str | int | float | None]]:
         path: The table a `ResultWriter` wrote.
 
     Returns:
-        One dict per row in file order: frame and label int, score, seconds and weights float, the others str; None
-        where the table is empty.
+        One dict per row in file order: frame and label int, score, p_value, seconds and weights float, the others str;
+        None where the table is empty.  Tables of older runs lack p_value and note.
 
     Raises:
         ManifestError: The table is missing, lacks a column, or a row is incomplete.
@@ -337,7 +340,7 @@ def read_scores(path: Path) -> list[dict[str, str | int | float | None]]:
             header, *lines = [line for line in csv.reader(file) if line] or [[]]
     except (OSError, ValueError, csv.Error) as err:
         raise ManifestError(f"{path}: cannot be read as a table of scores ({err}). {advice}") from err
-    missing = [column for column in COLUMNS if column not in header]
+    missing = [column for column in COLUMNS if column not in header and column not in _LATER_COLUMNS]
     if missing:
         raise ManifestError(f"{path}: has no column {missing[0]!r}. {advice}")
     rows: list[dict[str, str | int | float | None]] = []
@@ -354,7 +357,7 @@ def _cell(column: str, text: str) -> str | int | float | None:
         return None
     if column in ("frame", "label"):
         return int(text)
-    return float(text) if column in ("score", "seconds") or column.startswith("weight_") else text
+    return float(text) if column in ("score", "p_value", "seconds") or column.startswith("weight_") else text
 
 
 def encode_picture(pixels: NDArray[np.uint8], *, kind: str) -> bytes:

@@ -7,6 +7,7 @@ Shapes: B batch, K shots, C channels, H W pixels, h w feature cells.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,6 +160,7 @@ class SupportBank:
         preprocessing: How the images were prepared; queries are prepared the same way.
         model_hash: Digest of the teacher's and the student's weights that made the tensors.
         map_range: (low, high) of the fixed colour scale, from the supports' own leave-one-out maps.
+        precision: "fp32" or "bf16" of the tensors, None where the bank's file is too old to say.
     """
 
     tensors: Mapping[str, Tensor]
@@ -168,11 +170,56 @@ class SupportBank:
     preprocessing: Preprocessing
     model_hash: str
     map_range: tuple[float, float]
+    precision: str | None = None
 
     @property
     def shots(self) -> int:
         """K, the number of support images."""
         return len(self.names)
+
+    @property
+    def digest(self) -> str:
+        """Which images it holds, in any order, and in which precision; model and preprocessing have their own."""
+        return hashlib.sha256(repr((sorted(self.sha256), self.precision)).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Scores of images known to be normal, and everything those scores depend on; see docs/calibration.md.
+
+    Attributes:
+        task: Task the images belong to.
+        kind: "held-out": scored like any query; "leave-one-out": the supports, each scored against the others.
+        guarantee: What holds for P(p <= alpha) of a new normal unit: "exact" (at most alpha), "conservative" (at most
+            alpha, usually well below), "approximate" (measured, not proven).
+        unit: What is exchangeable with what: "patient", "scan" (a file of several slices) or "image".
+        scores: One per unit, ascending: the highest score of its images.
+        images: Number of images of each unit, in the order of `scores`.
+        sha256: `digest#frame` of all images, sorted.
+        model_hash: As in `SupportBank`.
+        bank_digest: `SupportBank.digest` of the supports the images were compared with.
+        preprocessing: How the images were prepared.
+        scoring: How maps became scores.
+        precision: "fp32" or "bf16" of the scores.
+    """
+
+    task: str
+    kind: Literal["held-out", "leave-one-out"]
+    guarantee: Literal["exact", "conservative", "approximate"]
+    unit: Literal["patient", "scan", "image"]
+    scores: tuple[float, ...]
+    images: tuple[int, ...]
+    sha256: tuple[str, ...]
+    model_hash: str
+    bank_digest: str
+    preprocessing: Preprocessing
+    scoring: Scoring
+    precision: str
+
+    @property
+    def n(self) -> int:
+        """Number of units."""
+        return len(self.scores)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -188,6 +235,9 @@ class Prediction:
         spacing: mm per pixel of the source, (row, column), or None.
         seconds: Wall time this image cost (its share of the batch).
         error: One line saying why there is no score, or None.
+        p_value: Conformal p-value of the image, in (0, 1], low = anomalous; None without a calibration that fits.
+        note: One line saying what to know about this verdict, such as that the image is one of the supports, or None.
+        sha256: `digest#frame` as in `SupportBank`, or None with an error.
     """
 
     sample: Sample
@@ -198,6 +248,9 @@ class Prediction:
     spacing: tuple[float, float] | None = None
     seconds: float = 0.0
     error: str | None = None
+    p_value: float | None = None
+    note: str | None = None
+    sha256: str | None = None
 
 
 class Method(Protocol):

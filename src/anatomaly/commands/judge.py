@@ -54,6 +54,9 @@ def predict_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--out", type=str, required=True, help="Folder for tables, maps, overlays and report.")
     parser.add_argument("--maps", type=bool, default=True, help="Write maps as float32 arrays and volumes.")
     parser.add_argument("--overlays", type=bool, default=True, help="Write overlays as PNG.")
+    parser.add_argument("--alpha", type=float | None, default=None, help="Call images at this false-positive rate.")
+    parser.add_argument("--fdr", type=float | None, default=None, help="Call with at most this share of false calls.")
+    parser.add_argument("--dependent", type=bool, default=False, help="Let fdr hold under any dependence; calls fewer.")
 
 
 def run_predict(options: Namespace) -> int:
@@ -101,8 +104,17 @@ def run_predict(options: Namespace) -> int:
             bank_images=pictures,
             maps=options.maps,
             overlays=options.overlays,
+            alpha=options.alpha,
+            fdr=options.fdr,
+            dependent=options.dependent,
             on_progress=advance,
         )
+    for remark in summary.remarks:
+        print(remark)
+    known = [p.p_value for p in summary.predictions if p.p_value is not None]
+    for call in summary.calls:
+        cut = f" (p <= {call.p:.3g})" if call.p > 0 else ""
+        print(f"{sum(p <= call.p for p in known)} of {len(known)} images called at {call.name}{cut}.")
     scored = len(summary.predictions) - summary.failed
     print(f"{scored} images scored, {summary.failed} could not be read. Report: {summary.report}")
     if not scored:

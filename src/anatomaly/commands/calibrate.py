@@ -1,0 +1,165 @@
+"""anatomaly calibrate: p-values for a model's scores, from images known to be normal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from anatomaly.commands.console import progress
+from anatomaly.commands.judge import load_detector, model_arguments, support_rows
+from anatomaly.errors import ConfigError
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+    from anatomaly.types import Calibration
+
+_RATES = (0.2, 0.1, 0.05, 0.02, 0.01)
+_LISTED = 10  # unreadable images named on the terminal
+
+
+def calibrate_arguments(parser: ArgumentParser) -> None:
+    """Options of `calibrate`."""
+    from anatomaly.types import Intensity
+
+    model_arguments(parser)
+    parser.add_argument("--normals", type=str, help="Folder or manifest of other normal images; without, the support.")
+    parser.add_argument("--support", type=str, help="Folder or manifest of K normal images, as for predict; not PDD.")
+    parser.add_argument("--shots", type=int | None, default=None, help="Take only so many of the support images.")
+    parser.add_argument("--bank", type=str, help="Saved support bank, instead of --support; needs --normals.")
+    parser.add_argument("--save_bank", type=str, help="Save the support bank to this file, for predict --bank.")
+    parser.add_argument("--task", type=str, default="task", help="Name of the kind of image, as for predict.")
+    parser.add_argument("--intensity", type=Intensity | None, default=None, help="Rule where it differs from fit's.")
+    parser.add_argument("--check", type=str, help="Calibrate nothing: ask whether these normals still fit.")
+
+
+def run_calibrate(options: Namespace) -> int:
+    """Run `calibrate`."""
+    from anatomaly.calibrating import calibrate, calibrate_on_support, check
+
+    _check_options(options)
+    detector = load_detector(options)
+    few_shot = detector.method.needs_support
+    _check_support(options, detector.facts["method"]["name"], few_shot=few_shot)
+    source = options.normals or options.check
+    rows = None if source is None else normal_rows(detector, Path(source), options.task)
+    supports: Any = []
+    left_out: tuple[Any, ...] = ()
+    if options.support is not None:
+        supports = support_rows(Path(options.support), options.task, options.shots)
+    if options.bank is not None:
+        detector.load_support(options.bank)
+    elif not few_shot:
+        detector.set_task(options.task, intensity=options.intensity)
+    elif rows is not None:
+        detector.set_support(supports, task=options.task, intensity=options.intensity)
+    if rows is None:
+        calibration, _ = calibrate_on_support(detector, supports, task=options.task, intensity=options.intensity)
+    else:
+        with progress(len(rows)) as advance:
+            if options.check is not None:
+                tests, n = check(detector, rows, batch_size=options.batch_size, on_progress=advance)
+            else:
+                calibration, left_out = calibrate(
+                    detector, rows, supports=supports, batch_size=options.batch_size, on_progress=advance
+                )
+    if options.check is not None:
+        print(
+            f"{n} new normals: {tests.higher:.0%} of the pairs higher than those calibrated on (50% where nothing "
+            f"moved); p = {tests.rank:.3g} (Mann-Whitney), {tests.shape:.3g} (Kolmogorov-Smirnov)."
+        )
+        print(
+            "They do not score like those calibrated on: calibrate again on images like these."
+            if min(tests.rank, tests.shape) < 0.025  # two tests at 5 % together
+            else "No difference found; with few images only a large one would be."
+        )
+        return 0
+    detector.save_calibrations(options.model)
+    if options.save_bank is not None:
+        detector.save_support(options.save_bank)
+    for prediction in left_out[:_LISTED]:
+        print(f"left out: {prediction.error}")
+    if len(left_out) > _LISTED:
+        print(f"left out: {len(left_out) - _LISTED} more")
+    _print(calibration)
+    print(f"Stored in {Path(options.model) / 'calibration.json'}; predict uses it where all of this is the same.")
+    return 0
+
+
+def _check_options(options: Namespace) -> None:
+    from anatomaly.config import check_intensity
+
+    if options.support is not None and options.bank is not None:
+        raise ConfigError("calibrate: give either --support (normal images) or --bank (a saved bank), not both.")
+    if options.bank is not None and (options.shots is not None or options.intensity is not None):
+        raise ConfigError("calibrate: --bank has its own shots and intensity rule. Leave out --shots and --intensity.")
+    if options.check is not None and options.normals is not None:
+        raise ConfigError("calibrate: give either --normals (to calibrate on) or --check (to compare), not both.")
+    if options.bank is not None and options.normals is None and options.check is None:
+        raise ConfigError(
+            "calibrate: a bank holds no images to judge by one another. Give --normals, or --support with its images."
+        )
+    if options.intensity is not None:
+        check_intensity(options.intensity, "intensity")
+
+
+def _check_support(options: Namespace, name: str, *, few_shot: bool) -> None:
+    if few_shot and options.support is None and options.bank is None:
+        raise ConfigError(f"calibrate: {name} needs normal images to compare with. Give --support or --bank.")
+    of_support = (options.support, options.bank, options.shots, options.save_bank)
+    if not few_shot and any(option is not None for option in of_support):
+        raise ConfigError(
+            f"calibrate: {name} learned what is normal in training and compares with no support images. Leave out "
+            "--support, --bank, --shots and --save_bank."
+        )
+    if not few_shot and options.normals is None and options.check is None:
+        raise ConfigError(f"calibrate: {name} has no support to calibrate on. Give --normals, held out from training.")
+
+
+def normal_rows(detector: Any, source: Path, task: str) -> list[Any]:
+    """Rows to calibrate on: of split val where there are any, else those that are not of split train.
+
+    Images that trained the model score lower than new ones and would make all p-values too small.
+
+    Raises:
+        ConfigError: Only training images of a task that the model learned are left.
+    """
+    from anatomaly.data.manifest import load_manifest
+
+    manifest = load_manifest(source, task=task)
+    rows = (manifest if len(manifest.tasks) == 1 else manifest.select(task=task)).samples
+    chosen = [row for row in rows if row.split == "val"] or [row for row in rows if row.split != "train"]
+    if chosen:
+        return chosen
+    learned = detector.facts.get("training", {}).get("tasks", ())
+    if not detector.method.needs_support or rows[0].task in learned or task in learned:
+        raise ConfigError(
+            f"normals: {source} has rows of split train only, and the model learned this task; expected images it has "
+            "not seen, for it scores those lower. Give normal rows of split val."
+        )
+    return list(rows)
+
+
+def _print(calibration: Calibration) -> None:
+    from anatomaly.calibrating import sizes
+    from anatomaly.calibration import describe, false_positive_range, needed_normals, threshold
+
+    n = calibration.n
+    size = sizes(calibration)
+    print(f"Calibrated on {describe(calibration)}{f' Each has {size}.' if size else ''}")
+    if calibration.unit == "image":
+        print("No patient is named: each image counts as a patient of its own. If several are of one, name them.")
+    for rate in _RATES:
+        needed = needed_normals(rate)
+        if n < needed:
+            print(f"  {rate:>4.0%} false positives: cannot be asserted with {n}; needs {needed}.")
+            continue
+        low, high = false_positive_range(n, rate)
+        own = f"; this calibration's own rate: {low:.1%} to {high:.1%}" if calibration.guarantee == "exact" else ""
+        print(f"  {rate:>4.0%} false positives: score above {threshold(calibration.scores, rate):.4g}{own}")
+    if calibration.guarantee == "exact":
+        print("  (the stated rate is the mean over calibrations; 90 % of those of this size lie in the range)")
+    if calibration.guarantee == "approximate":
+        print("Leave-one-out with a trained method is approximate: measured, not proven. Other normals make it exact.")
+    elif calibration.guarantee == "conservative":
+        print("Leave-one-out with nearest neighbours holds, and errs on the side of calling fewer.")
