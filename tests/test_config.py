@@ -11,6 +11,7 @@ from anatomaly.config import (
     TrainingConfig,
     check_intensity,
     check_preprocessing,
+    with_later_settings,
 )
 from anatomaly.errors import ConfigError
 from anatomaly.types import Intensity, Preprocessing, Scoring
@@ -39,6 +40,7 @@ def test_the_ends_of_the_ranges_are_valid():
         ("cache_gib", [-1.0, math.nan]),
         ("precision", ["fp16"]),
         ("device", ["tpu"]),
+        ("keep_checkpoints", ["yes", 1]),
     ],
 )
 def test_training_settings_out_of_range_are_refused_by_name(name, values):
@@ -103,3 +105,11 @@ def test_intensity_rules_must_span_values(rule, valid, invalid):
 def test_an_unknown_rule_is_refused():
     with pytest.raises(ConfigError, match=r"preprocessing\.intensity\.rule: got magic, expected one of auto, window"):
         check_preprocessing(Preprocessing(intensity=Intensity("magic")))
+
+
+def test_a_recorded_run_gets_the_settings_that_came_later():
+    recorded = {"data": "abc", "training": {"epochs": 3}, "teacher": {"name": "a"}}
+    assert with_later_settings(recorded) == {**recorded, "training": {"keep_checkpoints": False, "epochs": 3}}
+    assert recorded["training"] == {"epochs": 3}, "the record itself is left alone"
+    assert with_later_settings({"training": {"keep_checkpoints": True}}) == {"training": {"keep_checkpoints": True}}
+    assert with_later_settings({}) == {}

@@ -1,6 +1,7 @@
 """fit: what it writes, what it may see, and that being killed, resumed or short of disk changes no number."""
 
 import json
+import shutil
 from dataclasses import replace
 from math import cos, pi
 
@@ -171,6 +172,53 @@ def test_a_finished_run_returns_at_once(finished, scans, monkeypatch):
     monkeypatch.setattr(training, "_train", lambda *_: pytest.fail("trained again"))
     monkeypatch.setattr(Detector, "save", lambda *_: pytest.fail("written again"))
     assert fit(scans, out, settings(epochs=3)).model_hash == detector.model_hash
+
+
+def test_every_validated_epoch_is_kept_where_asked(finished, scans, tmp_path, one_teacher):
+    out = tmp_path / "model"
+    detector = fit(scans, out, settings(epochs=3, validate_every=2, keep_checkpoints=True))
+    kept = {file.name: state_digest(read_tensors(file)) for file in (out / "training").glob("epoch_*.safetensors")}
+    assert sorted(kept) == ["epoch_1.safetensors", "epoch_2.safetensors"]
+    assert len(set(kept.values())) == 2
+    assert kept[f"epoch_{detector.facts['training']['best_epoch']}.safetensors"] == digest(detector)
+    assert not list((finished[0] / "training").glob("epoch_*"))
+    assert kept["epoch_2.safetensors"] == state_digest(fit_last(finished[0])), "keeping them changes no number"
+
+
+def fit_last(out):
+    """Weights after the last epoch, as the training state holds them."""
+    state = torch.load(out / "training/last.ckpt", weights_only=True)["state_dict"]
+    return {name.removeprefix("method."): tensor for name, tensor in state.items()}
+
+
+@pytest.fixture
+def older(finished, tmp_path):
+    """older("keep_checkpoints"): a copy of the finished run, recorded before there was that setting."""
+
+    def make(setting):
+        out = shutil.copytree(finished[0], tmp_path / "older")
+        record = json.loads((out / "training/run.json").read_text())
+        del record["training"][setting]
+        (out / "training/run.json").write_text(json.dumps(record))
+        return out
+
+    return make
+
+
+def test_a_run_recorded_before_a_setting_is_still_the_same_run(older, finished, scans, monkeypatch, one_teacher):
+    out = older("keep_checkpoints")
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_train", lambda *_: pytest.fail("trained again"))
+        assert fit(scans, out, settings(epochs=3)).model_hash == finished[1].model_hash
+        with pytest.raises(ConfigError, match=r"\(training\.keep_checkpoints False, now True\)"):
+            fit(scans, out, settings(epochs=3, keep_checkpoints=True))
+    (out / "config.json").unlink()  # killed before its bundle was written
+    assert digest(fit(scans, out, settings(epochs=3))) == digest(finished[1])
+
+
+def test_a_run_that_lacks_another_setting_is_another_run(older, scans):
+    with pytest.raises(ConfigError, match=r"other settings \(training\.resample None, now True\)"):
+        fit(scans, older("resample"), settings(epochs=3))
 
 
 OTHERS = {

@@ -131,6 +131,7 @@ class TrainingConfig:
         device: auto, cpu or cuda.
         cache_gib: Memory for the teachers' features, computed once per image; 0 computes them at every step.
         cache_disk_gib: Disk for those that memory cannot hold, kept for later runs; rounds all features to float16.
+        keep_checkpoints: Keep the weights of every validated epoch, for `anatomaly audit`; changes no number.
         seed: Of everything random.
     """
 
@@ -148,6 +149,7 @@ class TrainingConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cache_gib: float = 4.0
     cache_disk_gib: float = 0.0
+    keep_checkpoints: bool = False
     seed: int = 111
 
     def __post_init__(self) -> None:
@@ -162,6 +164,8 @@ class TrainingConfig:
         _check("training.gradient_clip", self.gradient_clip, 0 <= self.gradient_clip < math.inf, "at least 0")
         for name in ("cache_gib", "cache_disk_gib"):
             _check(f"training.{name}", getattr(self, name), getattr(self, name) >= 0, "at least 0")
+        kept = self.keep_checkpoints
+        _check("training.keep_checkpoints", kept, isinstance(kept, bool), "true or false")
 
 
 @dataclass(frozen=True)
@@ -192,6 +196,27 @@ class FitConfig:
         check_scoring(self.scoring)
         for task, intensity in self.task_intensity.items():
             check_intensity(intensity, f"task_intensity.{task}")
+
+
+#: Settings that older runs did not record, by group, with the value that means what those runs did.
+_LATER_SETTINGS: Mapping[str, Mapping[str, object]] = {"training": {"keep_checkpoints": False}}
+
+
+def with_later_settings(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a recorded run as this version would have recorded them.
+
+    Args:
+        recorded: `asdict` of the `FitConfig` it was made with, possibly older than some settings.
+
+    Returns:
+        A copy with the settings it lacks; a setting whose default changed what a run does is never filled in.
+    """
+    filled = {
+        group: {**later, **recorded[group]}
+        for group, later in _LATER_SETTINGS.items()
+        if isinstance(recorded.get(group), dict)
+    }
+    return {**recorded, **filled}
 
 
 def check_stored(facts: Mapping[str, Any], where: str) -> None:

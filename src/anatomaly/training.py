@@ -11,10 +11,9 @@ import time
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import lightning
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -23,21 +22,20 @@ from torch.utils.data import DataLoader
 from anatomaly.backbones import build_backbone
 from anatomaly.backbones.weights import cache_dir
 from anatomaly.bundle import CONFIG, TEACHERS, read_tensors, write_tensors
+from anatomaly.config import with_later_settings
 from anatomaly.data.episodes import Batch, Episodes, EpisodeSampler, as_is
-from anatomaly.data.lesions import paste_lesion
-from anatomaly.data.loading import load_batches
 from anatomaly.data.readers import read_image
 from anatomaly.data.transforms import resolve_intensity
-from anatomaly.errors import ConfigError, ReadError
+from anatomaly.errors import ConfigError
 from anatomaly.feature_cache import FeatureCache, image_key
-from anatomaly.inference import Detector, choose_device, compare_tensor
+from anatomaly.inference import Detector, choose_device
 from anatomaly.methods import PatchNearestNeighbours, build_method
-from anatomaly.metrics import image_metrics
-from anatomaly.protocols import draw_supports, split_normals
+from anatomaly.protocols import split_normals
 from anatomaly.results import output_error, scale_from_normals, write_whole
+from anatomaly.validation import VALIDATION_IMAGES, Preparation, Validation
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
     from torch import Tensor
@@ -46,12 +44,10 @@ if TYPE_CHECKING:
     from anatomaly.config import FitConfig, TrainingConfig
     from anatomaly.data.manifest import Manifest
     from anatomaly.methods import AnyMethod, Trainable
-    from anatomaly.types import Features, Intensity, Preprocessing, Sample
+    from anatomaly.types import Features, Intensity, Sample
 
 logger = logging.getLogger(__name__)
 
-_READ_BATCH = 32
-_VALIDATION_IMAGES = 32  # normals per task; as many again carry a pasted lesion
 _BEST = "best.safetensors"
 
 
@@ -134,7 +130,7 @@ def _map_ranges(detector: Detector, held_out: Manifest, prepare: Preparation) ->
     ranges = {}
     for task in held_out.tasks:
         bank = detector.empty_bank(task)
-        rows = held_out.select(task=task).samples[:_VALIDATION_IMAGES]
+        rows = held_out.select(task=task).samples[:VALIDATION_IMAGES]
         maps = [
             one
             for images in prepare.inputs(rows)
@@ -142,36 +138,6 @@ def _map_ranges(detector: Detector, held_out: Manifest, prepare: Preparation) ->
         ]
         ranges[task] = scale_from_normals(maps)
     return ranges
-
-
-class Preparation(NamedTuple):
-    """How rows of any task become input tensors: geometry, the tasks' own intensity rules, and the device."""
-
-    preprocessing: Preprocessing
-    rules: Mapping[str, Intensity]
-    device: str
-
-    def of(self, task: str) -> Preprocessing:
-        """The preprocessing with the task's own intensity rule."""
-        return replace(self.preprocessing, intensity=self.rules.get(task, self.preprocessing.intensity))
-
-    def inputs(self, samples: Sequence[Sample]) -> Iterator[Tensor]:
-        """Batches (b, 3, H, W) of the rows in order; neighbouring rows of one task are read together.
-
-        Raises:
-            ReadError: A file cannot be read; training on fewer images than asked would go unnoticed.
-        """
-        start = 0
-        while start < len(samples):
-            task = samples[start].task
-            stop = next((i for i in range(start, len(samples)) if samples[i].task != task), len(samples))
-            for batch in load_batches(samples[start:stop], self.of(task), batch_size=_READ_BATCH):
-                broken = [item.error for item in batch if item.prepared is None]
-                if broken:
-                    raise ReadError(f"training: {broken[0]} Remove the file or correct it; see `anatomaly data check`.")
-                arrays = [item.prepared.input for item in batch if item.prepared is not None]
-                yield torch.from_numpy(np.stack(arrays)).to(self.device)
-            start = stop
 
 
 class StudentTraining(lightning.LightningModule):
@@ -230,6 +196,8 @@ class StudentTraining(lightning.LightningModule):
             self.method.eval()
             figures |= self.validate()
             self.method.train()
+            if self.config.keep_checkpoints:
+                write_tensors(self.folder / f"epoch_{epoch}.safetensors", self.method.state_dict())
             if figures["val_auroc"] > self.best["val_auroc"]:
                 self.best = {"val_auroc": figures["val_auroc"], "best_epoch": epoch}
                 write_tensors(self.folder / _BEST, self.method.state_dict())
@@ -259,58 +227,6 @@ class WholeCheckpoints(TorchCheckpointIO):
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         write_whole(Path(path), buffer.getvalue())
-
-
-class Validation:
-    """Held-out normals with and without pasted lesions, per training task; no image of another task is ever read.
-
-    Args:
-        method: Its teacher's features are computed once, here.
-        train: Where the supports come from.
-        held_out: Normals that are not trained on.
-        prepare: From rows to tensors.
-        config: All settings.
-    """
-
-    def __init__(
-        self, method: Trainable, train: Manifest, held_out: Manifest, prepare: Preparation, config: FitConfig
-    ) -> None:
-        self.method = method
-        self.config = config
-        self.queries: dict[str, Features] = {}
-        self.supports: dict[str, Features] = {}
-        shots, seed = config.training.shots, config.training.seed
-        for task in held_out.tasks:
-            rows = held_out.select(task=task).samples[:_VALIDATION_IMAGES]
-            normal = torch.cat(list(prepare.inputs(rows)))
-            rng = np.random.default_rng(seed)
-            pasted = [torch.from_numpy(paste_lesion(image.cpu().numpy(), rng=rng)[0]) for image in normal]
-            self.queries[task] = method.extract(torch.cat([normal, torch.stack(pasted).to(normal.device)]))
-            self.supports[task] = {}
-            if method.needs_support:
-                support = draw_supports(train, task=task, shots=shots, draws=1, seed=seed)[0]
-                self.supports[task] = method.extract(torch.cat(list(prepare.inputs(support))))
-
-    def __call__(self) -> dict[str, float]:
-        """Image AUROC of pasted lesions per task, and their mean "val_auroc", for the method as it is, in eval mode."""
-        figures = {}
-        for task, query in self.queries.items():
-            with torch.inference_mode():
-                scores = compare_tensor(
-                    self.method,
-                    self.method.encode(query),
-                    self.method.embed_support(self.supports[task]),
-                    size=self.config.preprocessing.size,
-                    scoring=self.config.scoring,
-                ).scores
-            if not scores.isfinite().all():
-                raise ConfigError(
-                    f"training: the scores of task {task!r} are not finite any more, the training diverged. "
-                    "Lower --training.learning_rate and choose another --out."
-                )
-            labels = np.arange(len(scores)) >= len(scores) // 2
-            figures[f"val_auroc/{task}"] = image_metrics(scores.cpu().double().numpy(), labels)["auroc"]
-        return {"val_auroc": float(np.mean(list(figures.values()))), **figures}
 
 
 def _train(
@@ -420,7 +336,7 @@ def _finished(out: Path, config: FitConfig, manifest: Manifest) -> bool:
     wanted = json.loads(json.dumps({"data": manifest.fingerprint(), **asdict(config)}))
     record = out / "training" / "run.json"
     try:
-        found = json.loads(record.read_text(encoding="utf-8"))
+        found = with_later_settings(json.loads(record.read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError):
         found = None
     complete = (out / CONFIG).is_file()

@@ -1,0 +1,263 @@
+"""An audit in words, tables and files: what each figure means, for a reader who has never seen a release's code."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from anatomaly.audit.figure import draw_audit
+from anatomaly.metrics import summarise_draws
+from anatomaly.published import D24FAD_BATCH, PDD_BATCH
+from anatomaly.results import write_whole
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from anatomaly.audit.measure import Audit, ProtocolResult
+
+
+def write_audit(audit: Audit, out: Path) -> None:
+    """Write audit.json, audit.csv (a figure per line), audit.md (explanation) and audit.png.
+
+    Raises:
+        OutputError: `out` cannot be written.
+    """
+    stream = io.StringIO()
+    csv.writer(stream, lineterminator="\n").writerows(_lines(audit))
+    write_whole(out / "audit.json", (json.dumps(_plain(_facts(audit)), indent=2) + "\n").encode())
+    write_whole(out / "audit.csv", stream.getvalue().encode(errors="backslashreplace"))
+    write_whole(out / "audit.png", draw_audit(audit))
+    write_whole(out / "audit.md", explain(audit).encode(errors="backslashreplace"))
+
+
+def table_of(audit: Audit) -> tuple[list[str], list[list[str]]]:
+    """Column titles and one row of cells per evaluation."""
+    draws = len(audit.runs.draws)
+    columns = ["evaluation", "image AUROC", "95 % interval", "AP", "F1max", "images scored"]
+    columns += ["best draw"] * (draws > 1)
+    rows = []
+    for result in audit.results:
+        low, high = result.interval[1:]
+        cells = [result.protocol, mean_sd(result.draws), "" if math.isnan(low) else f"{low:.3f} to {high:.3f}"]
+        cells += [number(result.ap), number(result.f1max), f"{result.scored} of {result.total}"]
+        rows.append(cells + [f"{max(result.draws):.3f} ({_signed(result.luck)})"] * (draws > 1))
+    return columns, rows
+
+
+def mean_sd(values: tuple[float, ...]) -> str:
+    """`0.750 ± 0.021` over draws, `0.750` of one, `not defined` where only one class was scored."""
+    mean, sd = summarise_draws(values)
+    if math.isnan(mean):
+        return "not defined"
+    return f"{mean:.3f}" if math.isnan(sd) else f"{mean:.3f} ± {sd:.3f}"
+
+
+def number(value: float) -> str:
+    """Three digits, or nothing where undefined."""
+    return "" if math.isnan(value) else f"{value:.3f}"
+
+
+def _signed(value: float) -> str:
+    return "not defined" if math.isnan(value) else f"{value + 0.0:+.3f}"
+
+
+def _images(count: int, kind: str = "") -> str:
+    return f"{count} {kind}image{'' if count == 1 else 's'}"
+
+
+def explain(audit: Audit) -> str:
+    """The audit as Markdown that a researcher can paste."""
+    runs = audit.runs
+    normal = int((runs.labels == 0).sum())
+    shots = "" if not runs.shots else f" K = {runs.shots} support images,"
+    draws = f"{len(runs.draws)} support draws" if len(runs.draws) > 1 else "one run"
+    columns, rows = table_of(audit)
+    lines = [
+        f"# Audit of {runs.source} on {runs.task}",
+        "",
+        f"The same anomaly maps under every evaluation:{shots} {draws}, {normal} normal and "
+        f"{len(runs.labels) - normal} anomalous test images. Image AUROC is the mean ± standard deviation over the "
+        "draws; the interval is a bootstrap of that mean over test images (patients where known).",
+        "",
+        *(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows)),
+        "",
+        "![Image AUROC under every evaluation](audit.png)",
+        "",
+        "## What the figures mean",
+        "",
+        *(f"- {paragraph}" for paragraph in paragraphs(audit)),
+    ]
+    if runs.unreadable:
+        lines += ["", f"{len(runs.unreadable)} test images have no score: " + _examples(audit)]
+    return "\n".join(lines) + "\n"
+
+
+def _examples(audit: Audit) -> str:
+    shown = [f"{sample.name} ({reason})" for sample, reason in audit.runs.unreadable[:3]]
+    return "; ".join(shown) + ("; ..." if len(audit.runs.unreadable) > 3 else "") + "."
+
+
+def paragraphs(audit: Audit) -> list[str]:
+    """The explanation, one statement per figure."""
+    sound = audit.result("sound")
+    found = {result.protocol: result for result in audit.results}
+    said = [
+        f"**sound, {mean_sd(sound.draws)}**: every image is blurred alone and every image is scored. This is what the "
+        "method does for a single new image, and the figure to quote."
+    ]
+    if audit.runs.draws[0].across is None:
+        said = [
+            f"**sound, {mean_sd(sound.draws)}**: the given scores of all images, as they are. Whether the tool lets "
+            "images of a batch smooth each other can only be told from its maps."
+        ]
+    if given := found.get("as given"):
+        said.append(
+            f"**as given, {mean_sd(given.draws)}**: the tool's own scores of the same images. Where they differ from "
+            "`sound`, the tool turns a map into a score in another way, or lets other images into it."
+        )
+    if d24fad := found.get("published-d24fad"):
+        said.append(_across(audit, d24fad, sound))
+    elif audit.runs.draws[0].across is not None:
+        said.append(
+            f"**published-d24fad** scores no image: there are fewer than {D24FAD_BATCH}, and it drops the rest."
+        )
+    said.append(_first_of_ten(audit, found["published-pdd"]))
+    if len(sound.draws) > 1:
+        said.append(
+            f"**A lucky support draw** adds {_signed(sound.luck)} under the sound evaluation (best of "
+            f"{len(sound.draws)} draws {max(sound.draws):.3f}, mean {sound.auroc:.3f}, worst {min(sound.draws):.3f}). "
+            "A figure of a single draw may lie anywhere in this range."
+        )
+    said += [_epoch(choice) for choice in audit.epochs if choice.protocol in ("sound", audit.release)]
+    said += [_together(audit)]
+    return said + list(audit.runs.notes)
+
+
+def _across(audit: Audit, result: ProtocolResult, sound: ProtocolResult) -> str:
+    shuffled = audit.runs.shuffled
+    text = (
+        f"**published-d24fad, {mean_sd(result.draws)}** ({_signed(result.auroc - sound.auroc)} on sound): D²4FAD's "
+        f"release smooths the maps of a batch as one block of {D24FAD_BATCH} images, so that an image's own weight in "
+        "its score is 0.10 to 0.20 and the rest comes from its neighbours in the file list. The list is sorted by "
+        "class: the neighbours carry the label into the score. The last incomplete batch is dropped, "
+        f"{_images(sound.scored - result.scored)}."
+    )
+    if not shuffled:
+        return text
+    mean, _ = summarise_draws(shuffled)
+    return text + (
+        f" With a shuffled loader the same maps give {mean_sd(shuffled)} ({len(shuffled)} orders): the order of the "
+        f"files alone makes a difference of {_signed(result.auroc - mean)}, and it says nothing about an image."
+    )
+
+
+def _first_of_ten(audit: Audit, result: ProtocolResult) -> str:
+    mean, sd, low, high = audit.file_name_range()
+    undefined = sum(math.isnan(value) for value in audit.file_names)
+    text = (
+        f"**published-pdd, {mean_sd(result.draws)}**: PDD's single-class release scores the first image of every batch "
+        f"of {PDD_BATCH}, {result.scored} of {result.total}, and calls it anomalous if any image of the batch is "
+        f"(true here of {_images(result.relabelled, 'normal ')})."
+    )
+    if not math.isnan(mean):
+        text += (
+            f" Had the files other names within their class, the same scores would give {mean:.3f} ± {sd:.3f}, "
+            f"{low:.3f} to {high:.3f} in {len(audit.file_names)} tries: not a gain, but luck of that size."
+        )
+    if undefined:
+        text += f" In {undefined} of {len(audit.file_names)} orders only one class is scored and there is no AUROC."
+    return text + " What that release prints as aupro is average precision (AP here), not the overlap with lesions."
+
+
+def _epoch(choice: Any) -> str:
+    chosen = choice.last if choice.chosen is None else choice.chosen
+    rule = "the last epoch" if choice.chosen is None else "the epoch that pasted lesions chose"
+    return (
+        f"**Choosing the epoch by test AUROC** adds {_signed(choice.adds)} under `{choice.protocol}`: epoch "
+        f"{choice.best} has {number(choice.aurocs[choice.best])} on the test labels, {rule} ({chosen}) "
+        f"{number(choice.aurocs[chosen])}, the last one ({choice.last}) {number(choice.aurocs[choice.last])}; "
+        f"{len(choice.aurocs)} epochs were kept."
+    )
+
+
+def _together(audit: Audit) -> str:
+    sound = audit.result("sound")
+    parts = []
+    for habits in audit.as_released:
+        epoch = "" if habits.epoch is None else f", epoch {habits.epoch} by test labels"
+        lucky = f", {number(habits.luckiest)} for the luckiest" if len(audit.runs.draws) > 1 else ""
+        parts.append(f"`{habits.protocol}`{epoch}, {number(habits.first) or 'not defined'} for the first draw{lucky}")
+    return f"**All habits of a release at once**: {'; '.join(parts)}. Sound, over all draws: {mean_sd(sound.draws)}."
+
+
+def _facts(audit: Audit) -> dict[str, Any]:
+    runs = audit.runs
+    mean, sd, low, high = audit.file_name_range()
+    return {
+        "source": runs.source,
+        "method": runs.method,
+        "task": runs.task,
+        "shots": runs.shots,
+        "draws": len(runs.draws),
+        "images": len(runs.labels),
+        "anomalous": int(runs.labels.sum()),
+        "unscored": [f"{sample.name}: {reason}" for sample, reason in runs.unreadable],
+        "protocols": {
+            result.protocol: {**asdict(result), "interval": list(result.interval[1:]), "auroc": result.auroc}
+            | ({"lucky_draw_adds": result.luck} if len(result.draws) > 1 else {})
+            for result in audit.results
+        },
+        "shuffled_loader": {"protocol": "published-d24fad", "auroc": list(runs.shuffled)},
+        "other_file_names": {
+            "protocol": "published-pdd",
+            "mean": mean,
+            "sd": sd,
+            "low": low,
+            "high": high,
+            "orders": len(audit.file_names),
+            "undefined": sum(math.isnan(value) for value in audit.file_names),
+        },
+        "epochs": {
+            choice.protocol: {
+                "auroc": {str(epoch): value for epoch, value in choice.aurocs.items()},
+                "chosen": choice.chosen,
+                "last": choice.last,
+                "best_on_test": choice.best,
+                "choosing_by_test_auroc_adds": choice.adds,
+            }
+            for choice in audit.epochs
+        },
+        "as_released": [asdict(habits) for habits in audit.as_released],
+        "notes": list(runs.notes),
+    }
+
+
+def _plain(value: Any) -> Any:
+    """The same facts without NaN, which JSON lacks."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _lines(audit: Audit) -> list[list[object]]:
+    lines: list[list[object]] = [["task", "evaluation", "what", "number", "auroc", "scored", "total"]]
+
+    def add(result: ProtocolResult | None, evaluation: str, what: str, values: dict[int, float]) -> None:
+        counts = ["", ""] if result is None else [result.scored, result.total]
+        for place, value in values.items():
+            lines.append([audit.runs.task, evaluation, what, place, "" if math.isnan(value) else value, *counts])
+
+    found = {result.protocol: result for result in audit.results}
+    for result in audit.results:
+        add(result, result.protocol, "draw", dict(enumerate(result.draws)))
+    add(found.get("published-d24fad"), "published-d24fad", "shuffled loader", dict(enumerate(audit.runs.shuffled)))
+    add(found.get("published-pdd"), "published-pdd", "other file names", dict(enumerate(audit.file_names)))
+    for choice in audit.epochs:
+        add(found.get(choice.protocol), choice.protocol, "epoch", dict(choice.aurocs))
+    return lines
