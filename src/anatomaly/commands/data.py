@@ -1,4 +1,4 @@
-"""anatomaly data ...: look at data sets, make the built-in one."""
+"""anatomaly data ...: look at data sets, list and prepare public ones, make the built-in one."""
 
 from __future__ import annotations
 
@@ -27,6 +27,53 @@ def run_check(options: Namespace) -> int:
     if options.csv:
         write_csv(manifest.with_hashes(), Path(options.csv))
     return 0 if report.ok else 1
+
+
+def list_arguments(parser: ArgumentParser) -> None:
+    """Options of `data list`."""
+    parser.add_argument("name", type=str, nargs="?", help="One data set, in full.")
+
+
+def run_list(options: Namespace) -> int:
+    """Run `data list`."""
+    from anatomaly.data.catalog import describe, find_data_set
+    from anatomaly.data.catalog_table import CATALOG
+
+    if options.name:
+        print(describe(find_data_set(options.name)))
+        return 0
+    for one in CATALOG:
+        about = (f"{one.what} ({', '.join(one.papers)})", one.images, f"licence: {one.licence}", one.address)
+        print(f"{one.name:<12} " + f"\n{'':<12} ".join(about))
+    print("anatomaly data list NAME says more; docs/datasets.md says what was verified.")
+    return 0
+
+
+def prepare_arguments(parser: ArgumentParser) -> None:
+    """Options of `data prepare`."""
+    parser.add_argument("name", type=str, help="Name of the data set, see anatomaly data list.")
+    parser.add_argument("--source", type=str, required=True, help="Folder of the unpacked original download.")
+    parser.add_argument("--out", type=str, required=True, help="CSV file, or folder that gets manifest.csv.")
+    parser.add_argument("--allow_missing", action="store_true", help="Go on without files that are not there.")
+
+
+def run_prepare(options: Namespace) -> int:
+    """Run `data prepare`: first whose data it is, then the manifest."""
+    from collections import Counter
+
+    from anatomaly.data.catalog import describe, find_data_set, prepare, write_prepared
+
+    data_set = find_data_set(options.name)
+    print(describe(data_set) + "\n", flush=True)
+    prepared = prepare(data_set, Path(options.source), allow_missing=options.allow_missing)
+    file = write_prepared(prepared, Path(options.out))
+    words = {0: "normal", 1: "anomalous", None: "unknown"}
+    for (task, split, label), count in Counter((s.task, s.split, s.label) for s in prepared.manifest).items():
+        print(f"{task:<12} {split:<6} {words[label]:<10} {count:>7}")
+    for note in prepared.notes:
+        print(f"note: {note}")
+    print(file)
+    return 0
 
 
 def phantom_arguments(parser: ArgumentParser) -> None:
