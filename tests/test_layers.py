@@ -14,12 +14,12 @@ PACKAGE = Path(anatomaly.__file__).parent
 ROWS = (  # a module may import modules of lower rows, and its own folder's
     "cli",
     "commands",
-    "demo ablation",
-    "official output evaluation training export explain",
-    "report inference",
-    "bundle",
-    "methods protocols timm_models",
-    "data backbones scoring metrics feature_cache results",
+    "demo ablation benchmark audit",
+    "official output evaluation training export explain calibrating leaderboard_tables",
+    "report inference validation leaderboard peers",
+    "bundle spine",
+    "methods comparison protocols published support_lists timm_models",
+    "data backbones scoring metrics pixel_metrics calibration feature_cache results",
     "config presets",
     "types errors",
 )

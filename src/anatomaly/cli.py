@@ -10,8 +10,8 @@ import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from anatomaly import __version__
-from anatomaly.commands import benchmark, data, explain, judge, model
-from anatomaly.commands.console import fail
+from anatomaly.commands import audit, benchmark, calibrate, data, explain, judge, model
+from anatomaly.commands.console import fail, instantiated
 from anatomaly.errors import AnatomalyError, ConfigError
 from anatomaly.presets import preset_file
 
@@ -88,7 +88,7 @@ def _parse(name: str, words: Sequence[str]) -> Namespace:
     parser.add_argument("-c", "--config", action="config", help="YAML file with these settings; flags after it win.")
     command.arguments(parser)
     try:
-        options: Namespace = parser.instantiate(parser.parse_args(_with_presets(words)))
+        options = instantiated(parser, parser.parse_args(_with_presets(words)))
         if preset := options.get("preset"):  # from a file, where what it should give way to cannot be told
             raise ConfigError(f"{name}: a preset cannot be named in a file. Give it as a flag: --preset {preset}.")
         return options
@@ -122,8 +122,13 @@ def _plain(message: str) -> str:
     message = " ".join(message.split()).rstrip(".")
     for pattern, words in (
         (
-            r"Does not validate against any of the Union subtypes.*? Errors: - (.*?) - .*Given value: (.*)",
+            r"Does not validate against any of the Union subtypes.*? Errors: "
+            r"- (?:Expected a <class 'NoneType'> - )?(.*?) (?:- |Given value type).*Given value: (.*)",
             r"\1. Got \2",
+        ),
+        (
+            r"Option '([^']+)' is required but not provided or its value is None",
+            r"the following arguments are required: \1",
         ),
         (r"Expected a dot import path string: .*?\. Got", "Expected braces, such as '{rule: range, low: 0}'. Got"),
         (r"Problem with given class_path '[^']+': ", ""),
@@ -166,15 +171,30 @@ COMMANDS = {
     "data phantom": Command(
         "Write the built-in benchmark: five tasks with lesions.", data.phantom_arguments, data.run_phantom
     ),
+    "data list": Command("List the public data sets of the papers.", data.list_arguments, data.run_list),
+    "data prepare": Command("Turn a public download into a manifest.", data.prepare_arguments, data.run_prepare),
     "fit": Command("Train a model on normal images of several tasks.", model.fit_arguments, model.run_fit),
     "predict": Command(
         "Judge images against K normal ones and write a report.", judge.predict_arguments, judge.run_predict
     ),
+    "calibrate": Command(
+        "Turn scores into p-values, from images known to be normal.",
+        calibrate.calibrate_arguments,
+        calibrate.run_calibrate,
+    ),
     "evaluate": Command(
         "Measure a model on labelled images over several support draws.", judge.evaluate_arguments, judge.run_evaluate
     ),
+    "benchmark": Command(
+        "Compare methods on the same images: a grid, resumable, to a leaderboard.",
+        benchmark.grid_arguments,
+        benchmark.run_grid,
+    ),
     "benchmark ablation": Command(
         "Train and judge a paper's parts one by one, resumable.", benchmark.ablation_arguments, benchmark.run_ablation
+    ),
+    "audit": Command(
+        "Show the same maps under the sound and the published evaluations.", audit.audit_arguments, audit.run_audit
     ),
     "explain teachers": Command(
         "Compare where two frozen teachers look, in maps and numbers.",

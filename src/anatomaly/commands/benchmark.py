@@ -2,12 +2,169 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from anatomaly.commands.console import fail, instantiated
+from anatomaly.errors import ConfigError
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
+
+    from anatomaly.benchmark import Entry
+    from anatomaly.config import FitConfig
+
+
+def grid_arguments(parser: ArgumentParser) -> None:
+    """Options of `benchmark`."""
+    from anatomaly.config import FitConfig
+
+    add = parser.add_argument
+    add("--data", type=str, required=True, help="Folder or manifest: normals in train, both labels in test.")
+    add("--out", type=str, required=True, help="Folder; finished cells in it are not run again.")
+    add("--protocol", type=Literal["few_shot", "one_class"], default="few_shot", help="K supports, or all normals.")
+    add(
+        "--methods",
+        type=dict[str, Any] | list[str],
+        default=[],
+        help="Names, or name: settings that differ from those below (also preset, peer, images, options).",
+    )
+    add("--peers", type=str, nargs="*", help="Add patchcore, padim, knn and, where the teacher fits, rd4ad; or some.")
+    add("--teachers", type=list[str], default=[], help="Each with every method; default the one of --teacher.")
+    add("--tasks", type=list[str], default=[], help="Tasks to judge; default all in the data.")
+    add("--shots", type=list[int] | int, default=[2, 4, 8], help="Values of K.")
+    add("--seeds", type=list[int] | int, default=[0, 1, 2], help="Of training and support draws.")
+    add("--draws", type=int, default=5, help="Support draws per seed.")
+    add("--supports", type=str, help="Fixed supports: the supports.json of another benchmark.")
+    add("--reference", type=str, help="Method that the others are compared with; default nearest, else the first.")
+    add("--jobs", type=int, default=1, help="Processes.")
+    parser.add_class_arguments(FitConfig)
+
+
+def run_grid(options: Namespace) -> int:
+    """Run `benchmark`."""
+    from dataclasses import replace
+
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+    from anatomaly.benchmark import Grid, run_grid
+    from anatomaly.config import FitConfig
+    from anatomaly.data.manifest import load_manifest
+    from anatomaly.leaderboard import read_cells
+    from anatomaly.leaderboard_tables import tables, write_leaderboard
+
+    base = FitConfig(**{field.name: options[field.name] for field in fields(FitConfig)})
+    entries = _entries(options, base)
+    names = [entry.name for entry in entries]
+    reference = options.reference or ("nearest" if "nearest" in names else names[0])
+    if reference not in names:
+        raise ConfigError(f"benchmark: reference {reference!r} is not among the methods, {', '.join(names)}.")
+    if options.jobs < 1:
+        raise ConfigError(f"benchmark: jobs is {options.jobs}, expected at least 1.")
+    grid = Grid(
+        load_manifest(Path(options.data)),
+        options.protocol,
+        entries,
+        [replace(base.teacher, name=name) for name in options.teachers or [base.teacher.name]],
+        tasks=options.tasks,
+        shots=[options.shots] if isinstance(options.shots, int) else options.shots,
+        seeds=[options.seeds] if isinstance(options.seeds, int) else options.seeds,
+        draws=options.draws,
+        supports=Path(options.supports) if options.supports else None,
+    )
+    out, screen = Path(options.out), Console(stderr=True)
+    with Progress(console=screen, disable=not screen.is_terminal, transient=True) as progress:
+        bar = progress.add_task("cells", total=None)
+
+        def step(name: str, done: int, total: int) -> None:
+            progress.update(bar, completed=done, total=total, description=name)
+            if not screen.is_terminal:
+                print(f"{done}/{total} {name}", flush=True)
+
+        failures = run_grid(grid, out, jobs=options.jobs, on_step=step)
+    cells = read_cells(cell.folder(out) for cell in grid.cells())
+    if cells:
+        done = {cell.entry for cell in cells}
+        rows, fought = write_leaderboard(cells, out, reference=reference if reference in done else None)
+        console = Console() if Console().is_terminal else Console(width=200)
+        for section in tables(rows, fought):
+            table = Table(title=section.title, title_justify="left")
+            for column in section.columns:
+                table.add_column(column, no_wrap=True)
+            for number, line in enumerate(section.lines):
+                table.add_row(*line, style="bold" if number in section.best else None)
+            console.print(table)
+        print(f"{out}/leaderboard.html")
+    for failure in failures[1:]:
+        fail(f"{failure.cell}: {failure.reason}")
+    if failures:
+        kept = "all others are finished; run again to try these."
+        return fail(f"{len(failures)} cells failed, {kept} First: {failures[0].cell}: {failures[0].reason}")
+    return 0
+
+
+def _entries(options: Namespace, base: FitConfig) -> list[Entry]:
+    """The competitors that the settings name."""
+    from anatomaly.peers import PEERS, RESNETS, architecture
+
+    methods = options.methods if isinstance(options.methods, Mapping) else dict.fromkeys(options.methods)
+    if options.peers is not None:
+        decodable = all(architecture(name) in RESNETS for name in options.teachers or [base.teacher.name])
+        fitting = [name for name in PEERS if name != "rd4ad" or decodable]
+        methods = {**methods, **dict.fromkeys(name for name in options.peers or fitting if name not in methods)}
+    if not methods:
+        raise ConfigError("benchmark: no methods. Name some: --methods '[nearest, d24fad]', or --peers.")
+    return [_entry(name, changes, base) for name, changes in methods.items()]
+
+
+def _entry(name: str, changes: object, base: FitConfig) -> Entry:
+    """One competitor: the common settings, then its preset's, then its own."""
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    from anatomaly.benchmark import Entry
+    from anatomaly.config import FitConfig
+    from anatomaly.methods import METHODS
+    from anatomaly.peers import PEERS
+    from anatomaly.presets import preset_file
+
+    if not isinstance(changes or {}, Mapping):
+        raise ConfigError(f"benchmark: methods.{name} is {changes!r}, expected settings, such as {{images: 64}}.")
+    own: dict[str, Any] = dict(changes or {})  # type: ignore[call-overload]
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(FitConfig)
+    preset, peer = own.pop("preset", None), own.pop("peer", name if name in PEERS else None)
+    images, choices = own.pop("images", 0), own.pop("options", {})
+    if peer is not None and peer not in PEERS:
+        raise ConfigError(f"benchmark: methods.{name}: unknown peer {peer!r}, expected one of {', '.join(PEERS)}.")
+    if not isinstance(images, int) or images < 0 or not isinstance(choices, Mapping):
+        raise ConfigError(f"benchmark: methods.{name}: expected images as a whole number and options as a mapping.")
+    settings: dict[str, Any] = asdict(base)
+    if preset is not None:
+        settings = _merged(settings, parser.parse_path(str(preset_file(preset)), defaults=False).as_dict())
+    if name in METHODS:
+        own = _merged({"method": {"name": name}}, own)
+    elif peer is None and preset is None and "name" not in dict(own.get("method", {})):
+        known = ", ".join([*METHODS, *PEERS])
+        raise ConfigError(f"benchmark: methods.{name}: which method? Give method: {{name: ...}}; or call it {known}.")
+    try:
+        parsed = instantiated(parser, parser.parse_object(_merged(settings, own)))
+    except ArgumentError as err:
+        raise ConfigError(f"benchmark: methods.{name}: {' '.join(str(err).split())}") from err
+    config = FitConfig(**{field.name: parsed[field.name] for field in fields(FitConfig)})
+    return Entry(name, config, peer=peer, images=images, options=choices)
+
+
+def _merged(one: Mapping[str, Any], two: Mapping[str, Any]) -> dict[str, Any]:
+    """`one` with the settings of `two`, group by group."""
+    both = dict(one)
+    for key, value in two.items():
+        group = isinstance(value, Mapping) and isinstance(both.get(key), Mapping)
+        both[key] = _merged(both[key], value) if group else value
+    return both
 
 
 def ablation_arguments(parser: ArgumentParser) -> None:

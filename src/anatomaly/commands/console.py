@@ -8,11 +8,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from jsonargparse import ArgumentParser, Namespace
+
 
 def fail(message: str, *, code: int = 2) -> int:
     """Print one line on standard error and return the exit code."""
     print(f"anatomaly: {' '.join(message.split())}", file=sys.stderr)
     return code
+
+
+def instantiated(parser: ArgumentParser, options: Namespace) -> Namespace:
+    """Parsed options with their groups as records; anomalib holds jsonargparse below 4.49, where this was renamed."""
+    build = getattr(parser, "instantiate", None) or parser.instantiate_classes
+    found: Namespace = build(options)
+    return found
 
 
 def progress(total: int) -> Any:
