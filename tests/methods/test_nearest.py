@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from anatomaly.methods import build_method
+from anatomaly.methods import build_method, nearest
 from anatomaly.methods.nearest import PatchNearestNeighbours
 from anatomaly.scoring import anomaly_map
 
@@ -84,3 +84,18 @@ def test_it_has_no_weights_and_no_loss(model):
     assert not model.state_dict()
     with pytest.raises(NotImplementedError, match="no trainable part"):
         model.training_loss(features(1, seed=1), features(1, seed=2))
+
+
+@pytest.mark.parametrize("block", [1, 14, 10**6])  # less than the patches of one query, two queries at a time, all
+def test_blocks_change_nothing(model, monkeypatch, block):
+    bank, query = model.embed_support(features(3, seed=1)), model.encode(features(2, seed=2))
+    whole = model.compare(query, bank)
+    monkeypatch.setattr(nearest, "_BLOCK", block)
+    for one, other in zip(model.compare(query, bank), whole, strict=True):
+        torch.testing.assert_close(one.target, other.target, rtol=0, atol=0)
+        torch.testing.assert_close(one.weights, other.weights, rtol=0, atol=0)
+
+
+def test_of_equal_patches_the_first_counts():
+    patches = torch.eye(3)[[0, 1, 0, 1, 2]]
+    assert nearest._most_similar(torch.eye(3), patches).tolist() == [0, 1, 4]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -70,7 +71,7 @@ class PatchNearestNeighbours(nn.Module):
             patches = bank.permute(0, 2, 3, 1).reshape(-1, channels)  # (K*h*w, C)
             targets, weights = [], []
             for one in F.normalize(query.float(), dim=1):  # one image at a time bounds memory
-                nearest = (one.flatten(1).T @ patches.T).argmax(dim=1)  # (h*w,)
+                nearest = _most_similar(one.flatten(1).T, patches)  # (h*w,)
                 targets.append(patches[nearest].T.reshape(one.shape))
                 weights.append(torch.bincount(nearest // (h * w), minlength=shots) / len(nearest))
             comparisons.append(Comparison(query, torch.stack(targets), torch.stack(weights)))
@@ -83,3 +84,15 @@ class PatchNearestNeighbours(nn.Module):
             NotImplementedError: Always.
         """
         raise NotImplementedError("PatchNearestNeighbours has no trainable part; use it without fit.")
+
+
+#: Similarities worked out at a time on a CPU: so few stay in its cache.
+_BLOCK = 2**19
+
+
+def _most_similar(queries: Tensor, patches: Tensor) -> Tensor:
+    """Index of the patch with the largest dot product for each query: (Q, C) and (P, C) -> (Q,)."""
+    if queries.is_cuda:
+        return (queries @ patches.T).argmax(dim=1)
+    blocks = torch.split(queries, max(1, _BLOCK // len(patches)))
+    return torch.from_numpy(np.concatenate([(block @ patches.T).numpy().argmax(axis=1) for block in blocks]))
