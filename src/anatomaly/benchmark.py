@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -208,9 +207,8 @@ def run_grid(
         return []
     if lists:
         write_support_lists(lists, out / "supports.json")
-    threads = max(1, (os.cpu_count() or 1) // jobs)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=(threads,)) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=(jobs,)) as pool:
         waiting: dict[Future[None], tuple[str, list[Cell]]] = {}
 
         def submit(cell: Cell) -> None:
@@ -344,11 +342,11 @@ def _finished(folder: Path, key: Mapping[str, Any]) -> bool:
     )
 
 
-def _start_worker(threads: int) -> None:
-    """Share out the cores, and leave Ctrl-C to the process that can still write the table."""
+def _start_worker(jobs: int) -> None:
+    """Share out the cores, or what OMP_NUM_THREADS leaves of them."""
     import torch
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
 
 
