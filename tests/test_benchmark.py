@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from anatomaly import benchmark
+from anatomaly import anomalib_bridge, benchmark
 from anatomaly.backbones import build_backbone
 from anatomaly.benchmark import CELL, Entry, Failure, Grid, run_grid, slug
 from anatomaly.cli import main
 from anatomaly.config import FitConfig, MethodConfig, TeacherConfig, TrainingConfig
 from anatomaly.data.manifest import load_manifest
-from anatomaly.errors import ConfigError, ManifestError, ReadError
+from anatomaly.errors import ConfigError, ManifestError, NotReadyError, ReadError
 from anatomaly.evaluation import evaluate
 from anatomaly.leaderboard import read_cells
 from anatomaly.metrics import bootstrap
@@ -389,6 +389,20 @@ def test_grids_that_cannot_work_are_refused_at_once(phantom, entries, changes, m
     settings = {"protocol": "few_shot", **changes}
     with pytest.raises(ConfigError, match=message):
         Grid(phantom, settings.pop("protocol"), entries, [BASE.teacher], **settings)
+
+
+def test_peers_that_cannot_work_are_refused_at_once(phantom, monkeypatch):
+    monkeypatch.setattr(anomalib_bridge, "find_spec", lambda name: None)
+    with pytest.raises(NotReadyError, match=r"anomalib is not installed. Run: pip install 'anatomaly\[peers\]'"):
+        grid(phantom, Entry("padim", BASE, peer="padim"))
+    with pytest.raises(ConfigError, match="knn: got option shots=3"):
+        grid(phantom, Entry("knn", BASE, peer="knn", options={"shots": 3}))
+
+
+def test_the_floor_is_a_peer_like_any_other(phantom, tmp_path):
+    whole = grid(phantom, NEAREST, Entry("knn", BASE, peer="knn"), seeds=(0,), shots=(2,))
+    assert run_grid(whole, tmp_path) == []
+    assert {cell.entry for cell in read_cells(cell.folder(tmp_path) for cell in whole.cells())} == {"nearest", "knn"}
 
 
 def test_tasks_that_cannot_be_judged_are_refused_at_once(phantom):

@@ -17,7 +17,7 @@ ROWS = (  # a module may import modules of lower rows, and its own folder's
     "demo ablation benchmark audit",
     "official output evaluation training export explain calibrating leaderboard_tables",
     "report inference validation leaderboard peers",
-    "bundle spine",
+    "bundle spine anomalib_bridge",
     "methods comparison protocols published support_lists timm_models",
     "data backbones scoring metrics pixel_metrics calibration feature_cache results",
     "config presets",

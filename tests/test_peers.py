@@ -291,7 +291,7 @@ def test_sizes_that_will_not_do_are_refused(lite0, resnet18):
 
 @pytest.mark.parametrize("name", ["patchcore", "padim", "rd4ad"])
 def test_without_anomalib_the_extra_is_named(name, resnet18, monkeypatch):
-    monkeypatch.setattr("anatomaly.peers.find_spec", lambda name: None)
+    monkeypatch.setattr("anatomaly.anomalib_bridge.find_spec", lambda name: None)
     with pytest.raises(NotReadyError, match=r"anomalib is not installed.*pip install 'anatomaly\[peers\]'"):
         build_peer(name, resnet18, preprocessing=SMALL)
 

@@ -93,7 +93,8 @@ class Grid:
         """Refuse what would run into an error hours later.
 
         Raises:
-            ConfigError: Something is empty, given twice or below 1, or a training cannot work on these tasks.
+            ConfigError: Something is empty, given twice or below 1, or a method or peer cannot work like this.
+            NotReadyError: A peer needs anomalib, which is not installed.
             ManifestError: A task is unknown.
         """
         names = [entry.name for entry in self.entries]
@@ -111,6 +112,12 @@ class Grid:
                     "ones. `anatomaly data check` lists what is wrong with it."
                 )
         for entry in self.entries:
+            if entry.peer is not None:
+                from anatomaly.anomalib_bridge import require_anomalib
+                from anatomaly.peers import build_algorithm
+
+                if build_algorithm(entry.peer, **entry.options).from_anomalib:
+                    require_anomalib(entry.name)
             few_shot = entry.peer is not None or entry.config.method.name != "pdd"
             if self.protocol == "few_shot" and not few_shot:
                 raise ConfigError(f"benchmark: {entry.name} is a one-class method. Set protocol: one_class.")

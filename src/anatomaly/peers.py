@@ -7,24 +7,20 @@ levels) and what becomes of their raw scores is ours.  `knn` is our own floor of
 
 from __future__ import annotations
 
-import importlib
 import logging
-import warnings
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
+from anatomaly.anomalib_bridge import Given, Shapes, import_anomalib, judge, level_names, require_anomalib, run, seeded
 from anatomaly.data.loading import load_batches
 from anatomaly.data.readers import read_image
 from anatomaly.data.transforms import resolve_intensity
-from anatomaly.errors import ConfigError, NotReadyError, ReadError
+from anatomaly.errors import ConfigError, ReadError
 from anatomaly.spine import Scored
 
 if TYPE_CHECKING:
@@ -80,15 +76,15 @@ class PatchCore:
 
     def fit(self, batches: Iterable[Levels], *, teacher: Teacher, size: tuple[int, int], seed: int) -> Fitted:
         """Remember the patches of the normal images, or a coreset of them."""
-        build = _anomalib("models.image.patchcore.torch_model").PatchcoreModel
-        with _seeded(seed, _CPU):
-            shapes = _Shapes(teacher.channels[1:3])
-            model = build(layers=_names(2), backbone=shapes, pre_trained=False, num_neighbors=self.neighbours)
-        model.feature_extractor = _Given(2)
+        build = import_anomalib("models.image.patchcore.torch_model").PatchcoreModel
+        with seeded(seed, _CPU):
+            shapes = Shapes(teacher.channels[1:3])
+            model = build(layers=level_names(2), backbone=shapes, pre_trained=False, num_neighbors=self.neighbours)
+        model.feature_extractor = Given(2)
         model.train()
         images = 0
         for levels in batches:
-            _run(model, levels[1:3], size)
+            run(model, levels[1:3], size)
             images += len(levels[1])
         patches = torch.vstack(model.embedding_store)  # (patches, C)
         model.embedding_store.clear()
@@ -97,14 +93,14 @@ class PatchCore:
         elif int(len(patches) * self.coreset) < 1:
             raise ConfigError(f"patchcore: coreset {self.coreset:g} leaves none of {len(patches)} patches. Raise it.")
         else:
-            with _seeded(seed, patches.device):
+            with seeded(seed, patches.device):
                 model.memory_bank = _coreset(patches, self.coreset)
-        return partial(_judge, model.to(patches.device).eval(), slice(1, 3))
+        return partial(judge, model.to(patches.device).eval(), slice(1, 3))
 
 
 def _coreset(patches: Tensor, share: float) -> Tensor:
     """What `PatchcoreModel.subsample_embedding` keeps, which breaks up the heap: gigabytes for 50 images."""
-    greedy = _anomalib("models.components").KCenterGreedy(patches, share)
+    greedy = import_anomalib("models.components").KCenterGreedy(patches, share)
     greedy.features = greedy.model.fit(patches).transform(patches)
     chosen = [int(torch.randint(len(patches), (1,), device=patches.device))]
     while len(chosen) < greedy.coreset_size:
@@ -149,18 +145,18 @@ class PaDiM:
 
     def fit(self, batches: Iterable[Levels], *, teacher: Teacher, size: tuple[int, int], seed: int) -> Fitted:
         """Estimate mean and covariance (plus 0.01 on the diagonal) at each position; one image has none."""
-        build = _anomalib("models.image.padim.torch_model").PadimModel
-        with _seeded(seed, _CPU):  # it chooses the channels
-            shapes = _Shapes(teacher.channels[:3])
-            model = build(layers=_names(3), backbone=shapes, pre_trained=False, n_features=self.count(teacher))
-        model.feature_extractor = _Given(3)
+        build = import_anomalib("models.image.padim.torch_model").PadimModel
+        with seeded(seed, _CPU):  # it chooses the channels
+            shapes = Shapes(teacher.channels[:3])
+            model = build(layers=level_names(3), backbone=shapes, pre_trained=False, n_features=self.count(teacher))
+        model.feature_extractor = Given(3)
         model.train()
         for levels in batches:
-            _run(model, levels[:3], size)
+            run(model, levels[:3], size)
         if (images := sum(map(len, model.memory_bank))) < 2:
             raise ConfigError(f"padim: got {images} normal image, expected at least 2 for a covariance. Give more.")
         model.to(model.memory_bank[0].device).fit()
-        return partial(_judge, model.eval(), slice(3))
+        return partial(judge, model.eval(), slice(3))
 
 
 @dataclass(frozen=True)
@@ -204,16 +200,16 @@ class ReverseDistillation:
         images = [torch.cat(level) for level in zip(*(levels[:3] for levels in batches), strict=True)]
         count, device = len(images[0]), images[0].device
         folder = "models.image.reverse_distillation"
-        loss_of = _anomalib(f"{folder}.loss").ReverseDistillationLoss()
-        with _seeded(seed, device), torch.enable_grad():
-            model = _anomalib(f"{folder}.torch_model").ReverseDistillationModel(
+        loss_of = import_anomalib(f"{folder}.loss").ReverseDistillationLoss()
+        with seeded(seed, device), torch.enable_grad():
+            model = import_anomalib(f"{folder}.torch_model").ReverseDistillationModel(
                 backbone=architecture(teacher.name),
                 input_size=size,
-                layers=_names(3),
-                anomaly_map_mode=_anomalib(f"{folder}.anomaly_map").AnomalyMapGenerationMode.ADD,
+                layers=level_names(3),
+                anomaly_map_mode=import_anomalib(f"{folder}.anomaly_map").AnomalyMapGenerationMode.ADD,
                 pre_trained=False,
             )
-            model.encoder = _Given(3)
+            model.encoder = Given(3)
             model.to(device).train()
             parameters = [*model.decoder.parameters(), *model.bottleneck.parameters()]
             optimiser = torch.optim.Adam(parameters, lr=self.learning_rate, betas=(0.5, 0.99))
@@ -221,13 +217,13 @@ class ReverseDistillation:
             ends = list(range(self.batch_size, count, self.batch_size))
             batches_of_rows = (rows for _ in range(self.epochs) for rows in torch.randperm(count).tensor_split(ends))
             for step, rows in zip(range(1, steps + 1), batches_of_rows, strict=False):
-                loss = loss_of(*_run(model, [level[rows.to(device)] for level in images], size))
+                loss = loss_of(*run(model, [level[rows.to(device)] for level in images], size))
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()
                 if step % max(1, steps // 10) == 0 or step in (1, steps):
                     logger.info("rd4ad: step %d of %d, loss %.4f", step, steps, loss.item())
-        return partial(_judge, model.requires_grad_(False).eval(), slice(3))
+        return partial(judge, model.requires_grad_(False).eval(), slice(3))
 
 
 @dataclass(frozen=True)
@@ -253,6 +249,11 @@ def _mean_distance(means: Tensor, levels: Levels, size: tuple[int, int]) -> tupl
     scores = 1 - (F.normalize(levels[2].mean(dim=(2, 3))) @ means.T).amax(dim=1)
     cells = 1 - torch.einsum("bchw,kc->bkhw", F.normalize(levels[2]), means).amax(dim=1, keepdim=True)
     return F.interpolate(cells, size, mode="bilinear", align_corners=True)[:, 0], scores
+
+
+def architecture(name: str) -> str:
+    """A teacher's architecture: timm/resnet18.a1_in1k -> resnet18."""
+    return name.removeprefix("timm/").split(".")[0]
 
 
 AnyAlgorithm: TypeAlias = PatchCore | PaDiM | ReverseDistillation | MeanNeighbours
@@ -342,6 +343,20 @@ class Peer:
             yield self.encode([item.prepared.input for item in batch if item.prepared is not None])
 
 
+def build_algorithm(name: str, **options: Any) -> AnyAlgorithm:
+    """A row of `PEERS` with these options; a `ConfigError` if there is none."""
+    if name not in PEERS:
+        raise ConfigError(f"peers: unknown name {name!r}, expected one of {', '.join(PEERS)}. Correct it.")
+    kind: Any = PEERS[name]
+    known = {option.name: option.type.replace("float", "float or int") for option in fields(kind)}
+    for option, value in options.items():
+        if ("None" if value is None else type(value).__name__) not in known.get(option, ""):
+            expected = ", ".join(f"{key} ({types})" for key, types in known.items()) or "none"
+            raise ConfigError(f"{name}: got option {option}={value!r}, expected {expected}. Correct or leave it out.")
+    algorithm: AnyAlgorithm = kind(**options)
+    return algorithm
+
+
 def build_peer(
     name: str,
     teacher: Teacher,
@@ -367,83 +382,8 @@ def build_peer(
         ConfigError: A name or an option is unknown or out of range, or the teacher or the input size will not do.
         NotReadyError: anomalib is not installed.
     """
-    if name not in PEERS:
-        raise ConfigError(f"peers: unknown name {name!r}, expected one of {', '.join(PEERS)}. Correct it.")
-    kind: Any = PEERS[name]
-    known = {option.name: option.type.replace("float", "float or int") for option in fields(kind)}
-    for option, value in options.items():
-        if ("None" if value is None else type(value).__name__) not in known.get(option, ""):
-            expected = ", ".join(f"{key} ({types})" for key, types in known.items()) or "none"
-            raise ConfigError(f"{name}: got option {option}={value!r}, expected {expected}. Correct or leave it out.")
-    method: AnyAlgorithm = kind(**options)
+    method = build_algorithm(name, **options)
     method.check(teacher, preprocessing.size)
-    if method.from_anomalib and find_spec("anomalib") is None:
-        raise NotReadyError(f"{name}: anomalib is not installed. Run: pip install 'anatomaly[peers]'")
+    if method.from_anomalib:
+        require_anomalib(name)
     return Peer(method, teacher.to(device), preprocessing, seed, dict(task_intensity or {}), device)
-
-
-class _Shapes(nn.Module):
-    """A network with the teacher's numbers of channels, for anomalib to count; nothing else is asked of it."""
-
-    def __init__(self, channels: Sequence[int]) -> None:
-        super().__init__()
-        for name, count in zip(_names(len(channels)), channels, strict=True):
-            self.add_module(name, nn.Conv2d(3, count, 1, stride=32))
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        return [layer(images) for layer in self.children()]
-
-
-class _Given(nn.Module):
-    """Stands where anomalib extracts features and hands out levels that the teacher has computed before."""
-
-    def __init__(self, count: int) -> None:
-        super().__init__()
-        self.names = _names(count)
-        self.levels: Levels = ()
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        return dict(zip(self.names, self.levels, strict=True))
-
-
-def _names(count: int) -> list[str]:
-    return [f"layer{number}" for number in range(1, count + 1)]
-
-
-def _run(model: Any, levels: Levels, size: tuple[int, int]) -> Any:
-    """The model's own forward; of the images it needs no more than their number and size."""
-    given = next(part for part in model.children() if isinstance(part, _Given))
-    given.levels = levels  # they live until the next batch
-    return model(levels[0].new_zeros(1).expand(len(levels[0]), 3, *size))
-
-
-def _judge(model: Any, used: slice, levels: Levels, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    found = _run(model, levels[used], size)
-    return found.anomaly_map[:, 0], found.pred_score.reshape(-1)
-
-
-def architecture(name: str) -> str:
-    """A teacher's architecture: timm/resnet18.a1_in1k -> resnet18."""
-    return name.removeprefix("timm/").split(".")[0]
-
-
-def _anomalib(module: str) -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the models it imports along
-            return importlib.import_module(f"anomalib.{module}")
-    except ImportError as err:
-        raise NotReadyError(f"peers: anomalib cannot be imported ({err}). Run: pip install 'anatomaly[peers]'") from err
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed the global generators, from which anomalib draws, and put them back."""
-    before = np.random.get_state()  # noqa: NPY002 - scikit-learn's, for the coreset
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002
-        try:
-            yield
-        finally:
-            np.random.set_state(before)  # noqa: NPY002

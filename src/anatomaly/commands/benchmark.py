@@ -99,12 +99,10 @@ def run_grid(options: Namespace) -> int:
                 table.add_row(*line, style="bold" if number in section.best else None)
             console.print(table)
         print(f"{out}/leaderboard.html")
-    for failure in failures[1:]:
-        fail(f"{failure.cell}: {failure.reason}")
-    if failures:
-        kept = "all others are finished; run again to try these."
-        return fail(f"{len(failures)} cells failed, {kept} First: {failures[0].cell}: {failures[0].reason}")
-    return 0
+    for reason in dict.fromkeys(failure.reason for failure in failures):
+        failed = [failure.cell for failure in failures if failure.reason == reason]
+        fail(f"{len(failed)} cells failed, all others are kept. First {failed[0]}: {reason} Run again to try them.")
+    return 2 if failures else 0
 
 
 def _entries(options: Namespace, base: FitConfig) -> list[Entry]:
