@@ -14,7 +14,7 @@ from anatomaly.leaderboard import ALL_TASKS, Place, duels, rank
 from anatomaly.results import write_whole
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from anatomaly.leaderboard import Duel, Finished, Row
@@ -95,12 +95,20 @@ def _number(value: object) -> object:
 
 
 class Section(NamedTuple):
-    """One table for people; `best` holds the line numbers that nobody beats."""
+    """One table for people; of the lines in `best` the cell in column `marked` is printed in bold."""
 
     title: str
     columns: Sequence[str]
     lines: Sequence[Sequence[str]]
     best: frozenset[int] = frozenset()
+    marked: int = 0
+
+    def cells(self, bold: Callable[[str], str]) -> list[list[str]]:
+        """The lines, with `bold` applied where it belongs."""
+        return [
+            [bold(cell) if number in self.best and place == self.marked else cell for place, cell in enumerate(line)]
+            for number, line in enumerate(self.lines)
+        ]
 
 
 def tables(rows: Sequence[Row], fought: Sequence[Duel]) -> list[Section]:
@@ -113,9 +121,9 @@ def tables(rows: Sequence[Row], fought: Sequence[Duel]) -> list[Section]:
     teachers = len({row.place.teacher for row in rows}) > 1
     several = len({row.place.task for row in rows}) > 1
     sections = [_overview(rows, teachers=teachers)] if several else []
-    shown = [(title, name) for title, name in _SHOWN if any(name in row.metrics for row in rows)]
     for task, shots in dict.fromkeys((row.place.task, row.place.shots) for row in rows):
         members = [row for row in rows if (row.place.task, row.place.shots) == (task, shots)]
+        shown = [(title, name) for title, name in _SHOWN if any(name in row.metrics for row in members)]
         columns = ["method", *["teacher"] * teachers, "image AUROC", "95 % interval", *(title for title, _ in shown)]
         columns += ["ms/image", "MiB", "training"]
         lines = []
@@ -127,7 +135,8 @@ def tables(rows: Sequence[Row], fought: Sequence[Duel]) -> list[Section]:
             lines.append([*cells, "" if row.training_seconds is None else f"{row.training_seconds:.0f} s"])
         most = max(row.metrics["auroc"][0] for row in members)
         best = frozenset(i for i, row in enumerate(members) if row.metrics["auroc"][0] == most)
-        about = f"{members[0].images} test images, {members[0].seeds} seeds"
+        seeds = max(row.seeds for row in members)
+        about = f"{members[0].images} test images, {seeds} seed{'s' * (seeds > 1)}"
         about += f" x {members[0].draws} draws" if shots else ""
         sections.append(Section(f"{task}{f', K = {shots}' if shots else ''} ({about})", columns, lines, best))
     if fought:
@@ -182,7 +191,7 @@ def _duel_sections(fought: Sequence[Duel], *, teachers: bool) -> list[Section]:
         where = "mean over the tasks" if over_all else "task by task"
         title = f"Against {chosen[0].against} on the same images: image AUROC, {where}" if chosen else ""
         significant = frozenset(i for i, duel in enumerate(chosen) if duel.adjusted < 0.05)
-        sections += [Section(title, columns, lines, significant)] if chosen else []
+        sections += [Section(title, columns, lines, significant, len(columns) - 1)] if chosen else []
     return sections
 
 
@@ -207,11 +216,7 @@ _READING = (
 def _markdown(sections: Sequence[Section], note: str) -> str:
     parts = ["# Leaderboard", *[note] * bool(note), _READING]
     for section in sections:
-        lines = [
-            [f"**{cell}**" if number in section.best and cell else cell for cell in line]
-            for number, line in enumerate(section.lines)
-        ]
-        table = [section.columns, ["---"] * len(section.columns), *lines]
+        table = [section.columns, ["---"] * len(section.columns), *section.cells("**{}**".format)]
         parts += [f"## {section.title}", "\n".join(f"| {' | '.join(line)} |" for line in table)]
     return "\n\n".join(parts) + "\n"
 
@@ -221,13 +226,11 @@ def _page(sections: Sequence[Section], note: str) -> str:
     body = [f"<header><h1>Leaderboard</h1><p>{escape(note)}</p></header><main><p>{_READING}</p>"]
     for section in sections:
         head = "".join(f'<th scope="col">{escape(column)}</th>' for column in section.columns)
-        lines = [
-            "<tr>" + "".join(f"<td>{f'<b>{escape(c)}</b>' if i in section.best else escape(c)}</td>" for c in line)
-            for i, line in enumerate(section.lines)
-        ]
+        safe = section._replace(lines=[[escape(cell) for cell in line] for line in section.lines])
+        lines = ("".join(f"<td>{cell}</td>" for cell in line) for line in safe.cells("<b>{}</b>".format))
         body.append(
             f'<section><div class="scroll"><table><caption>{escape(section.title)}</caption><thead><tr>{head}</tr>'
-            f"</thead><tbody>{'</tr>'.join(lines)}</tr></tbody></table></div></section>"
+            f"</thead><tbody>{''.join(f'<tr>{line}</tr>' for line in lines)}</tbody></table></div></section>"
         )
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'

@@ -48,6 +48,7 @@ def run_grid(options: Namespace) -> int:
     from dataclasses import replace
 
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress
     from rich.table import Table
 
@@ -92,11 +93,12 @@ def run_grid(options: Namespace) -> int:
         rows, fought = write_leaderboard(cells, out, reference=reference if reference in done else None)
         console = Console() if Console().is_terminal else Console(width=200)
         for section in tables(rows, fought):
+            safe = section._replace(lines=[[escape(cell) for cell in line] for line in section.lines])
             table = Table(title=section.title, title_justify="left")
             for column in section.columns:
                 table.add_column(column, no_wrap=True)
-            for number, line in enumerate(section.lines):
-                table.add_row(*line, style="bold" if number in section.best else None)
+            for line in safe.cells("[bold]{}[/bold]".format):
+                table.add_row(*line)
             console.print(table)
         print(f"{out}/leaderboard.html")
     for reason in dict.fromkeys(failure.reason for failure in failures):
