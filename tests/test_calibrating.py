@@ -269,6 +269,13 @@ def test_a_calibration_of_a_newer_format_asks_for_an_update(detector, normals, t
         anatomaly.bundle.load_calibrations(tmp_path)
 
 
+def test_supports_judged_by_one_another_are_nothing_to_check_against(make_detector, normals, queries):
+    detector = make_detector("nearest")
+    calibrate_on_support(detector, normals[:4], task="head_ct")
+    with pytest.raises(ConfigError, match=r"check: the supports were judged by one another.*--normals"):
+        check(detector, queries)
+
+
 def test_new_normals_can_be_checked(detector, normals, queries, tmp_path):
     with pytest.raises(NotReadyError, match="Run anatomaly calibrate first"):
         check(detector, queries)

@@ -19,7 +19,7 @@ ROWS = (  # a module may import modules of lower rows, and its own folder's
     "report inference validation leaderboard peers",
     "bundle spine anomalib_bridge",
     "methods comparison protocols published support_lists timm_models",
-    "data backbones scoring metrics pixel_metrics calibration feature_cache results",
+    "data backbones scoring metrics pixel_metrics calibration feature_cache results cost",
     "config presets",
     "types errors",
 )

@@ -117,10 +117,29 @@ def test_a_method_equal_to_the_reference_is_not_significant():
             assert duel.difference.p == duel.adjusted == 1
 
 
+def test_a_seed_that_only_one_has_finished_takes_no_part():
+    """The reference lacks seed 2: as if nobody had run it."""
+    lacking = [c for c in CELLS if c.entry != "nearest" or c.seed != 2]
+    found = {d.place: d.difference for d in duels(lacking, reference="nearest")}
+    assert found == {d.place: d.difference for d in duels([c for c in CELLS if c.seed != 2], reference="nearest")}
+    assert not duels([c for c in CELLS if (c.entry == "nearest") == (c.seed == 2)], reference="nearest")
+
+
+def test_rows_of_fewer_seeds_say_so():
+    lacking = [c for c in CELLS if c.entry != "fair" or c.seed == 0]
+    section = next(s for s in tables(rank(lacking), []) if s.title.startswith("brain, K = 2"))
+    assert "3 seeds × 2 draws" in section.title
+    place = section.columns.index("seeds")
+    assert {line[0]: line[place] for line in section.lines} == {"good": "3", "fair": "1", "nearest": "3"}
+    assert all("seeds" not in section.columns for section in tables(rank(CELLS), []))
+
+
 def test_the_mean_needs_all_tasks():
     partial_cells = [c for c in CELLS if not (c.entry == "fair" and c.task == "chest")]
     means = {d.place.entry for d in duels(partial_cells, reference="nearest") if d.place.task == ALL_TASKS}
     assert means == {"good"}
+    nobody = [c for c in CELLS if c.entry == "nearest" or c.task != "chest"]
+    assert not any(d.place.task == ALL_TASKS for d in duels(nobody, reference="nearest"))
 
 
 def test_each_teacher_has_its_own_reference():

@@ -10,8 +10,9 @@ import hashlib
 import json
 import logging
 import multiprocessing
+import os
 import sys
-import time
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -20,7 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from anatomaly import __version__
-from anatomaly.config import with_later_settings
+from anatomaly.config import differences, with_later_settings
+from anatomaly.cost import Cost
 from anatomaly.errors import AnatomalyError, ConfigError
 from anatomaly.protocols import draw_supports, forbid_leak, leave_one_task_out, samples_to_test
 from anatomaly.results import write_whole
@@ -98,11 +100,18 @@ class Grid:
             ManifestError: A task is unknown.
         """
         names = [entry.name for entry in self.entries]
-        for what, values in (("methods", names), ("teachers", [t.name for t in self.teachers]), ("seeds", self.seeds)):
+        chosen: Mapping[str, Sequence[object]] = {
+            "methods": names,
+            "teachers": [teacher.name for teacher in self.teachers],
+            "tasks": self.judged,
+            "seeds": self.seeds,
+            "shots": self.shots,
+        }
+        for what, values in chosen.items():
             if not values or len(set(values)) < len(values):
                 given = ", ".join(map(str, values)) or "none"
                 raise ConfigError(f"benchmark: {what}: got {given}, expected at least one and none of them twice.")
-        if self.protocol == "few_shot" and (not self.shots or min(*self.shots, self.draws) < 1):
+        if self.protocol == "few_shot" and min(*self.shots, self.draws) < 1:
             raise ConfigError(f"benchmark: got shots {list(self.shots)} and {self.draws} draws, expected 1 or more.")
         for task in self.judged:
             tests = samples_to_test(self.manifest, task)
@@ -111,13 +120,15 @@ class Grid:
                     f"benchmark: the test split of task {task!r} needs normal and anomalous images and no unlabelled "
                     "ones. `anatomaly data check` lists what is wrong with it."
                 )
-        for entry in self.entries:
-            if entry.peer is not None:
-                from anatomaly.anomalib_bridge import require_anomalib
-                from anatomaly.peers import build_algorithm
+        from anatomaly.anomalib_bridge import require_anomalib
+        from anatomaly.backbones import check_name
+        from anatomaly.peers import build_algorithm
 
-                if build_algorithm(entry.peer, **entry.options).from_anomalib:
-                    require_anomalib(entry.name)
+        for teacher in self.teachers:
+            check_name(teacher.name)
+        for entry in self.entries:
+            if entry.peer is not None and build_algorithm(entry.peer, **entry.options).from_anomalib:
+                require_anomalib(entry.name)
             few_shot = entry.peer is not None or entry.config.method.name != "pdd"
             if self.protocol == "few_shot" and not few_shot:
                 raise ConfigError(f"benchmark: {entry.name} is a one-class method. Set protocol: one_class.")
@@ -343,9 +354,9 @@ def _finished(folder: Path, key: Mapping[str, Any]) -> bool:
         raise ConfigError(f"{folder / CELL}: is damaged. Delete the folder, and the cell is run again.") from err
     if found == key:
         return True
-    differ = [name for name in key if found.get(name) != key[name]]
     raise ConfigError(
-        f"{folder}: holds a cell of another benchmark ({', '.join(differ)} differ). Choose another --out or delete it."
+        f"{folder}: holds a cell of another benchmark ({', '.join(differences(found, key)[:3])}). Choose another --out "
+        "or delete it."
     )
 
 
@@ -354,7 +365,15 @@ def _start_worker(jobs: int) -> None:
     import torch
 
     torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+
+
+def _end_with(parent: Any) -> None:
+    """End this process when its parent has gone, even killed: the next run must not meet it in the same folders."""
+    if parent is not None:  # None where a test runs cells in its own process
+        parent.join()
+        os._exit(1)
 
 
 def _train(grid: Grid, cell: Cell, model: Path) -> None:
@@ -366,7 +385,7 @@ def _train(grid: Grid, cell: Cell, model: Path) -> None:
     else:
         rows = grid.manifest.select(task=cell.task)
     fresh = not model.exists()  # the time of a resumed training says nothing
-    cost = _Cost()
+    cost = Cost()
     fit(rows, model, _settings(grid, cell))
     if fresh:
         write_whole(model / "cost.json", json.dumps(cost.so_far()).encode())
@@ -376,8 +395,8 @@ def _run_cell(grid: Grid, cell: Cell, lists: SupportLists, out: Path, key: Mappi
     from anatomaly.evaluation import evaluate, write_evaluations
 
     (entry,) = (entry for entry in grid.entries if entry.name == cell.entry)
-    cost = _Cost()
     judge: Any = _judge(grid, cell, entry, cell.model(out))
+    cost = Cost()  # of judging; the first cell of a process has loaded libraries and teacher before
     if cell.shots:
         supports: Sequence[Sequence[Sample]] | None = _first(lists, cell)
         shots, draws = cell.shots, grid.draws
@@ -427,24 +446,3 @@ def _judge(grid: Grid, cell: Cell, entry: Entry, model: Path) -> Any:
         task_intensity=settings.task_intensity,
         device=settings.training.device,
     )
-
-
-class _Cost:
-    """Wall time and peak memory of one step of a worker process."""
-
-    def __init__(self) -> None:
-        try:  # Linux forgets the peak of earlier cells when asked to
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            self._reset = False
-        else:
-            self._reset = True
-        self._started = time.perf_counter()
-
-    def so_far(self) -> dict[str, float | None]:
-        """Seconds, and MiB or None where the system only knows the peak of the whole process."""
-        peak = None
-        if self._reset:
-            lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-            peak = next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), None)
-        return {"seconds": round(time.perf_counter() - self._started, 3), "peak_mib": peak and round(peak, 1)}

@@ -160,11 +160,17 @@ def check(
 
     Raises:
         NotReadyError: There is no calibration that fits.
-        ConfigError: As `calibrate`, or the images name patients and the calibration does not (or the reverse).
+        ConfigError: As `calibrate`, the calibration is one of leave-one-out, or the images name patients and the
+            calibration does not (or the reverse).
     """
     calibration, line = detector.find_calibration()
     if calibration is None:
         raise NotReadyError(line or "check: the model holds no calibration. Run anatomaly calibrate first.")
+    if calibration.kind == "leave-one-out":
+        raise ConfigError(
+            "check: the supports were judged by one another, which gives higher scores than new images get; expected a "
+            "calibration on held-out normals. Run anatomaly calibrate with --normals."
+        )
     bank = detector.ready()
     samples = _normal_rows(normals, bank.task, "check")
     scored, _ = _score(detector, bank, samples, batch_size, on_progress)

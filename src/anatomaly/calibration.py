@@ -163,7 +163,7 @@ def rejected_up_to(found: ArrayLike, q: float, *, dependent: bool = False) -> fl
 
 
 def needed_calls(n: int, m: int, q: float, *, dependent: bool = False) -> int:
-    """How many of m must have the smallest p-value, 1 / (n + 1), before false discovery control can call any.
+    """The fewest of m that false discovery control can call at once, since no p-value is below 1 / (n + 1).
 
     Args:
         n: Number of calibration units.

@@ -219,6 +219,25 @@ def with_later_settings(recorded: Mapping[str, Any]) -> dict[str, Any]:
     return {**recorded, **filled}
 
 
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The settings that differ, as `training.epochs 70, now 5`; of digests only that they do.
+
+    Args:
+        found: Recorded settings; those it lacks count as None.
+        wanted: The settings of now.
+        prefix: What the names start with.
+    """
+    lines: list[str] = []
+    for key in wanted:
+        old, new = found.get(key), wanted[key]
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            digests = {"data": "other images", "supports": "other supports"}
+            lines.append(digests.get(key) or f"{prefix}{key} {old}, now {new}")
+    return lines
+
+
 def check_stored(facts: Mapping[str, Any], where: str) -> None:
     """Hold the settings of a stored model to the same ranges as those of `fit`: somebody may have edited the file.
 

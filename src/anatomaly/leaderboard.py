@@ -213,6 +213,8 @@ def _require_same_images(cells: Sequence[Finished]) -> None:
 def duels(cells: Iterable[Finished], *, reference: str) -> list[Duel]:
     """Compare every competitor with one that was named before, on the same images, seeds and draws.
 
+    Seeds that only one of two has finished take no part, and a mean is taken over all tasks or not at all.
+
     Args:
         cells: Of one benchmark.
         reference: Name of the competitor to beat; a teacher's competitors meet it with the same teacher.
@@ -230,17 +232,19 @@ def duels(cells: Iterable[Finished], *, reference: str) -> list[Duel]:
         raise ConfigError(f"benchmark: the reference {reference!r} has no finished cells. Name another --reference.")
     single: dict[Place, Difference] = {}
     for place, members in sorted(places.items()):
-        other = places.get(place._replace(entry=reference))
-        if place.entry == reference or other is None:
+        other = places.get(place._replace(entry=reference), [])
+        shared = {cell.seed for cell in members} & {cell.seed for cell in other}
+        if place.entry == reference or not shared:
             continue
-        _require_same_images([*members, *other])
-        first = members[0]
-        single[place] = compare_auroc(_scores(members), _scores(other), first.labels, groups=first.groups)
+        ours, theirs = ([cell for cell in side if cell.seed in shared] for side in (members, other))
+        _require_same_images([*ours, *theirs])
+        first = ours[0]
+        single[place] = compare_auroc(_scores(ours), _scores(theirs), first.labels, groups=first.groups)
     together: dict[Place, list[Difference]] = defaultdict(list)
     for place, difference in single.items():
         together[place._replace(task=ALL_TASKS)].append(difference)
-    most = max(map(len, together.values()), default=0)
-    over_all = {place: _mean(found) for place, found in together.items() if len(found) == most > 1}
+    tasks = len({place.task for place in places})
+    over_all = {place: _mean(found) for place, found in together.items() if len(found) == tasks > 1}
     return [
         Duel(place, reference, difference, adjusted)
         for differences in (single, over_all)

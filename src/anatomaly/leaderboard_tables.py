@@ -124,20 +124,24 @@ def tables(rows: Sequence[Row], fought: Sequence[Duel]) -> list[Section]:
     for task, shots in dict.fromkeys((row.place.task, row.place.shots) for row in rows):
         members = [row for row in rows if (row.place.task, row.place.shots) == (task, shots)]
         shown = [(title, name) for title, name in _SHOWN if any(name in row.metrics for row in members)]
-        columns = ["method", *["teacher"] * teachers, "image AUROC", "95 % interval", *(title for title, _ in shown)]
-        columns += ["ms/image", "MiB", "training"]
+        unequal = len({row.seeds for row in members}) > 1
+        trained = any(row.training_seconds is not None for row in members)
+        columns = ["method", *["teacher"] * teachers, *["seeds"] * unequal, "image AUROC", "95 % interval"]
+        columns += [*(title for title, _ in shown), "ms/image", "MiB", *["training"] * trained]
         lines = []
         for row in members:
-            cells = [row.place.entry, *[row.place.teacher] * teachers, _spread(row.metrics["auroc"])]
-            cells.append(f"{row.low:.3f} to {row.high:.3f}")
+            cells = [row.place.entry, *[row.place.teacher] * teachers, *[str(row.seeds)] * unequal]
+            cells += [_spread(row.metrics["auroc"]), f"{row.low:.3f} to {row.high:.3f}"]
             cells += [_spread(row.metrics[name]) if name in row.metrics else "" for _, name in shown]
             cells += [f"{row.milliseconds:.0f}", "" if row.peak_mib is None else f"{row.peak_mib:.0f}"]
-            lines.append([*cells, "" if row.training_seconds is None else f"{row.training_seconds:.0f} s"])
+            if trained:
+                cells.append("" if row.training_seconds is None else f"{row.training_seconds:.0f} s")
+            lines.append(cells)
         most = max(row.metrics["auroc"][0] for row in members)
         best = frozenset(i for i, row in enumerate(members) if row.metrics["auroc"][0] == most)
-        seeds = max(row.seeds for row in members)
-        about = f"{members[0].images} test images, {seeds} seed{'s' * (seeds > 1)}"
-        about += f" x {members[0].draws} draws" if shots else ""
+        most_seeds = max(row.seeds for row in members)
+        about = f"{members[0].images} test images, {most_seeds} seed{'s' * (most_seeds > 1)}"
+        about += f" × {members[0].draws} draws" if shots else ""
         sections.append(Section(f"{task}{f', K = {shots}' if shots else ''} ({about})", columns, lines, best))
     if fought:
         sections += _duel_sections(fought, teachers=teachers)
@@ -222,7 +226,7 @@ def _markdown(sections: Sequence[Section], note: str) -> str:
 
 
 def _page(sections: Sequence[Section], note: str) -> str:
-    style = files("anatomaly").joinpath("report.css").read_text(encoding="utf-8")
+    style = files("anatomaly").joinpath("report.css").read_text(encoding="utf-8") + "td, th { white-space: nowrap; }"
     body = [f"<header><h1>Leaderboard</h1><p>{escape(note)}</p></header><main><p>{_READING}</p>"]
     for section in sections:
         head = "".join(f'<th scope="col">{escape(column)}</th>' for column in section.columns)

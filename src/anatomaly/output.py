@@ -193,7 +193,8 @@ def _remarks(
     if fdr is not None and m and (needed := needed_calls(calibration.n, m, fdr, dependent=dependent)) > 1:
         unit = calibration.unit
         yield (
-            f"fdr {fdr:.4g}: {needed} of these {m} {unit}s must score above every calibrated one before any is called"
+            f"fdr {fdr:.4g}: no fewer than {needed} of these {m} {unit}s can be called, for no p-value is below "
+            f"1/{calibration.n + 1}"
             f"{', which cannot be' if needed > m else ''}; with more calibration {unit}s fewer would do."
         )
 

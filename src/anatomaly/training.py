@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from anatomaly.backbones import build_backbone
 from anatomaly.backbones.weights import cache_dir
 from anatomaly.bundle import CONFIG, TEACHERS, read_tensors, write_tensors
-from anatomaly.config import with_later_settings
+from anatomaly.config import differences, with_later_settings
 from anatomaly.data.episodes import Batch, Episodes, EpisodeSampler, as_is
 from anatomaly.data.readers import read_image
 from anatomaly.data.transforms import resolve_intensity
@@ -35,7 +35,7 @@ from anatomaly.results import output_error, scale_from_normals, write_whole
 from anatomaly.validation import VALIDATION_IMAGES, Preparation, Validation
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
     from torch import Tensor
@@ -343,19 +343,7 @@ def _finished(out: Path, config: FitConfig, manifest: Manifest) -> bool:
     if found == wanted:
         return complete
     if complete or (found is not None and set(record.parent.iterdir()) != {record}):
-        differ = "they are not recorded" if found is None else ", ".join(_differences(found, wanted)[:3])
+        differ = "they are not recorded" if found is None else ", ".join(differences(found, wanted)[:3])
         raise ConfigError(f"{out}: holds a run with other settings ({differ}). Choose another --out or delete it.")
     write_whole(record, (json.dumps(wanted, indent=2) + "\n").encode())  # a run that failed at once is forgotten
     return False
-
-
-def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The settings that differ, as `training.epochs 70, now 5`."""
-    lines: list[str] = []
-    for key in wanted:
-        old, new = found.get(key), wanted[key]
-        if isinstance(old, dict) and isinstance(new, dict):
-            lines += _differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            lines.append("other images" if key == "data" else f"{prefix}{key} {old}, now {new}")
-    return lines

@@ -117,7 +117,8 @@ def paragraphs(audit: Audit) -> list[str]:
     if given := found.get("as given"):
         said.append(
             f"**as given, {mean_sd(given.draws)}**: the tool's own scores of the same images. Where they differ from "
-            "`sound`, the tool turns a map into a score in another way, or lets other images into it."
+            "`sound`, the tool scores maps of another size (`predict` those of the network, before they are brought to "
+            "the grid of the file), turns a map into a score in another way, or lets other images into it."
         )
     if d24fad := found.get("published-d24fad"):
         said.append(_across(audit, d24fad, sound))
@@ -186,12 +187,14 @@ def _epoch(choice: Any) -> str:
 
 def _together(audit: Audit) -> str:
     sound = audit.result("sound")
+    several = len(audit.runs.draws) > 1
     parts = []
     for habits in audit.as_released:
         epoch = "" if habits.epoch is None else f", epoch {habits.epoch} by test labels"
-        lucky = f", {number(habits.luckiest)} for the luckiest" if len(audit.runs.draws) > 1 else ""
-        parts.append(f"`{habits.protocol}`{epoch}, {number(habits.first) or 'not defined'} for the first draw{lucky}")
-    return f"**All habits of a release at once**: {'; '.join(parts)}. Sound, over all draws: {mean_sd(sound.draws)}."
+        draws = f" for the first draw, {number(habits.luckiest)} for the luckiest" if several else ""
+        parts.append(f"`{habits.protocol}`{epoch}, {number(habits.first) or 'not defined'}{draws}")
+    over = ", over all draws" * several
+    return f"**All habits of a release at once**: {'; '.join(parts)}. Sound{over}: {mean_sd(sound.draws)}."
 
 
 def _facts(audit: Audit) -> dict[str, Any]:

@@ -84,15 +84,20 @@ def build_backbone(name: str, *, weights: str = "auto", normalise: bool = True) 
         ConfigError: The name is unknown.
         WeightsError: The weights cannot be had or do not fit.
     """
+    check_name(name)
     if name.startswith("timm/"):
         return timm_teacher(name, TimmSpec(name.removeprefix("timm/")), weights=weights, normalise=normalise)
-    if name not in BACKBONES:
+    spec = BACKBONES[name]
+    if isinstance(spec, VMambaSpec):
+        return vmamba_teacher(name, spec, weights=weights, normalise=normalise)
+    return timm_teacher(name, spec, weights=weights, normalise=normalise)
+
+
+def check_name(name: str) -> None:
+    """Raise a `ConfigError` for a name that `build_backbone` does not know; timm's own names are not looked up."""
+    if name not in BACKBONES and not name.startswith("timm/"):
         near = get_close_matches(name, BACKBONES, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigError(
             f"teacher: unknown name {name!r}, expected one of {', '.join(BACKBONES)} or timm/<model>.{hint}"
         )
-    spec = BACKBONES[name]
-    if isinstance(spec, VMambaSpec):
-        return vmamba_teacher(name, spec, weights=weights, normalise=normalise)
-    return timm_teacher(name, spec, weights=weights, normalise=normalise)

@@ -103,7 +103,8 @@ def run_grid(options: Namespace) -> int:
         print(f"{out}/leaderboard.html")
     for reason in dict.fromkeys(failure.reason for failure in failures):
         failed = [failure.cell for failure in failures if failure.reason == reason]
-        fail(f"{len(failed)} cells failed, all others are kept. First {failed[0]}: {reason} Run again to try them.")
+        cells_failed = f"{len(failed)} cell{'s' * (len(failed) > 1)} failed"
+        fail(f"{cells_failed}, all others are kept. First {failed[0]}: {reason} Run again to try again.")
     return 2 if failures else 0
 
 
@@ -111,7 +112,11 @@ def _entries(options: Namespace, base: FitConfig) -> list[Entry]:
     """The competitors that the settings name."""
     from anatomaly.peers import PEERS, RESNETS, architecture
 
-    methods = options.methods if isinstance(options.methods, Mapping) else dict.fromkeys(options.methods)
+    methods = options.methods
+    if not isinstance(methods, Mapping):
+        if twice := {name for name in methods if methods.count(name) > 1}:
+            raise ConfigError(f"benchmark: {', '.join(sorted(twice))} is named twice in methods. Name it once.")
+        methods = dict.fromkeys(methods)
     if options.peers is not None:
         decodable = all(architecture(name) in RESNETS for name in options.teachers or [base.teacher.name])
         fitting = [name for name in PEERS if name != "rd4ad" or decodable]

@@ -36,6 +36,7 @@ def calibrate_arguments(parser: ArgumentParser) -> None:
 def run_calibrate(options: Namespace) -> int:
     """Run `calibrate`."""
     from anatomaly.calibrating import calibrate, calibrate_on_support, check
+    from anatomaly.calibration import misfit
 
     _check_options(options)
     detector = load_detector(options)
@@ -43,6 +44,7 @@ def run_calibrate(options: Namespace) -> int:
     _check_support(options, detector.facts["method"]["name"], few_shot=few_shot)
     source = options.normals or options.check
     rows = None if source is None else normal_rows(detector, Path(source), options.task)
+    before = detector.calibrations
     supports: Any = []
     left_out: tuple[Any, ...] = ()
     if options.support is not None:
@@ -82,6 +84,9 @@ def run_calibrate(options: Namespace) -> int:
     if len(left_out) > _LISTED:
         print(f"left out: {len(left_out) - _LISTED} more")
     _print(calibration)
+    for earlier in before:
+        if not misfit(earlier, calibration):
+            print(f"This replaces the calibration on {len(earlier.scores)} {earlier.unit}s ({earlier.kind}).")
     print(f"Stored in {Path(options.model) / 'calibration.json'}; predict uses it where all of this is the same.")
     return 0
 
