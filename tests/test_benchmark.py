@@ -186,6 +186,15 @@ def test_one_class_gets_all_normals_or_as_many_as_it_may(phantom, tmp_path):
     assert not (tmp_path / "supports.json").exists()
 
 
+def test_one_class_counts_copies_once(phantom, tmp_path):
+    normals = phantom.select(task="head_ct", split="train").samples
+    shutil.copy(normals[0].path, tmp_path / "copy.png")
+    twice = replace(phantom, samples=(*phantom, replace(normals[0], path=tmp_path / "copy.png")))
+    whole = grid(twice, NEAREST, protocol="one_class", tasks=("head_ct",), seeds=(0,))
+    assert run_grid(whole, tmp_path / "out") == []
+    assert json.loads((whole.cells()[0].folder(tmp_path / "out") / "evaluation.json").read_text())[0]["shots"] == 8
+
+
 # --- never twice ---
 
 

@@ -403,7 +403,8 @@ def _run_cell(grid: Grid, cell: Cell, lists: SupportLists, out: Path, key: Mappi
     else:
         supports, draws = None, 1
         normals = [row for row in grid.manifest.select(task=cell.task, split="train") if row.label != 1]
-        shots = min(entry.images or len(normals), len(normals))
+        different = len({(row.sha256, row.frame) for row in normals})  # a copy is no image more to compare with
+        shots = min(entry.images or different, different)
     found = evaluate(
         judge, grid.manifest, task=cell.task, shots=[shots], draws=draws, seed=cell.seed, supports=supports
     )
