@@ -10,7 +10,7 @@
 5. A student of D24FAD, shortly trained on other phantom tasks, calibrated on its supports alone.
 
 All queries are normal, so whatever is called is a false positive.  The figures are the mean over the repeats with its
-standard error; nothing is tuned.  Takes about 3 minutes at one thread.
+standard error; nothing is tuned.  Takes several minutes at one thread; `--parts` chooses.
 """
 
 import argparse
