@@ -436,7 +436,8 @@ def test_supports_are_for_few_shots_only(phantom, tmp_path):
 
 def test_names_become_folders():
     assert slug("timm/wide_resnet50_2.racm_in1k") == "timm_wide_resnet50_2.racm_in1k"
-    assert slug("../x y") == ".._x_y"
+    assert slug("../x y") == "___x_y"
+    assert slug("..") == "__"
 
 
 # --- the command ---

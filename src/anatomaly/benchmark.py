@@ -190,8 +190,8 @@ class Failure:
 
 
 def slug(name: str) -> str:
-    """`name` as the name of a folder."""
-    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
+    """`name` as the name of a folder, never one above."""
+    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name).replace("..", "__")
 
 
 def run_grid(
