@@ -104,3 +104,8 @@ def test_other_files_are_refused(tmp_path, hashed, content):
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(ConfigError, match="not a list of supports"):
         read_support_lists(tmp_path / "x.json", hashed)
+
+
+def test_a_missing_file_is_called_missing(tmp_path, hashed):
+    with pytest.raises(ConfigError, match=r"x.json: no such file"):
+        read_support_lists(tmp_path / "x.json", hashed)

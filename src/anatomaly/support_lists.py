@@ -66,6 +66,8 @@ def read_support_lists(file: Path, manifest: Manifest) -> dict[str, dict[int, li
         ConfigError: The file is not such a list, its digest does not fit its contents, a listed image is not among the
             task's images, is labelled anomalous, or is listed twice in one draw.
     """
+    if not file.is_file():
+        raise ConfigError(f"{file}: no such file. Give the supports.json of a benchmark.")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         entries = {
