@@ -462,7 +462,11 @@ def test_the_command_writes_a_leaderboard(phantom, tmp_path, capsys):
     assert len(table) == 1 + 2 * 2 * 2
     duels = (tmp_path / "out" / "comparisons.csv").read_text()
     assert ",mean,efficientnet_lite0,nearest," in duels
-    assert "nearest" in (tmp_path / "out" / "leaderboard.md").read_text()
+    digest = json.loads((tmp_path / "out" / "supports.json").read_text())["digest"]
+    assert (
+        f"Protocol few_shot. The supports are those of supports.json, digest {digest[:16]}."
+        in (tmp_path / "out" / "leaderboard.md").read_text()
+    )
 
 
 def test_the_command_works_in_processes_of_its_own(phantom, tmp_path, monkeypatch, capsys):

@@ -125,6 +125,13 @@ def test_a_seed_that_only_one_has_finished_takes_no_part():
     assert not duels([c for c in CELLS if (c.entry == "nearest") == (c.seed == 2)], reference="nearest")
 
 
+@pytest.mark.parametrize("groups", [None, ("p0", "p1") * (N // 2)])
+def test_one_image_or_patient_of_a_class_is_not_compared(groups):
+    labels = CELLS[0].labels if groups else (np.arange(N) == 7).astype(int)
+    lonely = [replace(c, labels=labels, groups=groups) for c in CELLS]
+    assert duels(lonely, reference="nearest") == []
+
+
 def test_rows_of_fewer_seeds_say_so():
     lacking = [c for c in CELLS if c.entry != "fair" or c.seed == 0]
     section = next(s for s in tables(rank(lacking), []) if s.title.startswith("brain, K = 2"))

@@ -7,7 +7,14 @@ import pytest
 from anatomaly import protocols
 from anatomaly.data.manifest import Manifest
 from anatomaly.errors import ConfigError, ManifestError
-from anatomaly.protocols import Fold, draw_supports, forbid_leak, leave_one_task_out, split_normals
+from anatomaly.protocols import (
+    Fold,
+    draw_supports,
+    forbid_leak,
+    leave_one_task_out,
+    split_normals,
+    supports_at_most,
+)
 from anatomaly.types import Sample
 
 
@@ -241,3 +248,14 @@ def test_unrelated_supports_pass(support, tested):
 def test_draws_from_a_clean_manifest_pass_the_guard():
     draws = draw_supports(BRAIN, task="brain", shots=30, draws=1)
     forbid_leak(draws[0], protocols.samples_to_test(BRAIN, "brain"))
+
+
+def test_as_many_supports_as_there_are_different_normals():
+    first, *others = _rows("brain", 5)
+    copy = replace(first, path=Path("/data/copy.png"), sha256="ab")
+    unknown = replace(first, path=Path("/data/unknown.png"), label=None)
+    manifest = _manifest([replace(first, sha256="ab"), *others, copy, unknown])
+    assert supports_at_most(manifest, "brain") == 5
+    draw_supports(manifest, task="brain", shots=5, draws=1)
+    with pytest.raises(ConfigError, match="has 5 normal training images, 6 shots asked"):
+        draw_supports(manifest, task="brain", shots=6, draws=1)

@@ -16,7 +16,7 @@ from anatomaly.config import FitConfig, MethodConfig, TeacherConfig
 from anatomaly.errors import ConfigError
 from anatomaly.evaluation import evaluate, write_evaluations
 from anatomaly.metrics import auroc, bootstrap, summarise_draws
-from anatomaly.protocols import leave_one_task_out, samples_to_test
+from anatomaly.protocols import leave_one_task_out, samples_to_test, supports_at_most
 from anatomaly.results import write_whole
 from anatomaly.training import fit
 
@@ -170,7 +170,7 @@ def run_ablation(
                 detector = fit(train, cell, config)
                 supports, drawn = (shots, draws) if method == "d24fad" else (0, 1)
                 if method == "pdd" and detector.method.needs_support:
-                    supports = min(NEIGHBOURS, sum(row.label != 1 for row in manifest.select(task=task, split="train")))
+                    supports = min(NEIGHBOURS, supports_at_most(manifest, task))
                 if not _judged(cell, supports, drawn, tests[task]):
                     found = evaluate(detector, manifest, task=task, shots=[supports], draws=drawn, seed=seed)
                     write_evaluations(found, cell)

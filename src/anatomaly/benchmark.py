@@ -24,7 +24,7 @@ from anatomaly import __version__
 from anatomaly.config import differences, with_later_settings
 from anatomaly.cost import Cost
 from anatomaly.errors import AnatomalyError, ConfigError
-from anatomaly.protocols import draw_supports, forbid_leak, leave_one_task_out, samples_to_test
+from anatomaly.protocols import draw_supports, forbid_leak, leave_one_task_out, samples_to_test, supports_at_most
 from anatomaly.results import write_whole
 from anatomaly.support_lists import lists_digest, read_support_lists, write_support_lists
 
@@ -402,9 +402,8 @@ def _run_cell(grid: Grid, cell: Cell, lists: SupportLists, out: Path, key: Mappi
         shots, draws = cell.shots, grid.draws
     else:
         supports, draws = None, 1
-        normals = [row for row in grid.manifest.select(task=cell.task, split="train") if row.label != 1]
-        different = len({(row.sha256, row.frame) for row in normals})  # a copy is no image more to compare with
-        shots = min(entry.images or different, different)
+        most = supports_at_most(grid.manifest, cell.task)
+        shots = min(entry.images or most, most)
     found = evaluate(
         judge, grid.manifest, task=cell.task, shots=[shots], draws=draws, seed=cell.seed, supports=supports
     )

@@ -213,7 +213,8 @@ def _require_same_images(cells: Sequence[Finished]) -> None:
 def duels(cells: Iterable[Finished], *, reference: str) -> list[Duel]:
     """Compare every competitor with one that was named before, on the same images, seeds and draws.
 
-    Seeds that only one of two has finished take no part, and a mean is taken over all tasks or not at all.
+    Seeds that only one of two has finished take no part, nor do tasks with a single image or patient of a class; a mean
+    is taken over all tasks or not at all.
 
     Args:
         cells: Of one benchmark.
@@ -239,6 +240,9 @@ def duels(cells: Iterable[Finished], *, reference: str) -> list[Duel]:
         ours, theirs = ([cell for cell in side if cell.seed in shared] for side in (members, other))
         _require_same_images([*ours, *theirs])
         first = ours[0]
+        owners = first.groups or first.images
+        if any(len({owners[i] for i in np.flatnonzero(first.labels == label)}) < 2 for label in (0, 1)):
+            continue  # one image (patient) of a class has no variance
         single[place] = compare_auroc(_scores(ours), _scores(theirs), first.labels, groups=first.groups)
     together: dict[Place, list[Difference]] = defaultdict(list)
     for place, difference in single.items():

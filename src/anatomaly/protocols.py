@@ -69,6 +69,15 @@ def draw_supports(
     return supports
 
 
+def supports_at_most(manifest: Manifest, task: str) -> int:
+    """The largest K that `draw_supports` can draw: normal training images of a task, copies counted once.
+
+    Raises:
+        ManifestError: The task is unknown.
+    """
+    return len(_distinct(_normal_training_rows(manifest, task)))
+
+
 def leave_one_task_out(manifest: Manifest) -> list[Fold]:
     """One fold per task, in the order of `manifest.tasks`: that task is tested, all others are trained on.
 

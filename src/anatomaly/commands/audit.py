@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anatomaly.commands.console import progress
+from anatomaly.commands.judge import load_detector, loading_arguments
 from anatomaly.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,11 +29,7 @@ def audit_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--blur", type=float | None, default=None, help="Maps: sigma they need; 0 if blurred already.")
     parser.add_argument("--pooling", type=Literal["max", "mean"] | None, default=None, help="Maps: from map to score.")
     parser.add_argument("--size", type=tuple[int, int] | None, default=None, help="Maps: resample to this size.")
-    parser.add_argument("--teacher.weights", type=str | None, help="Take the teacher's weights from this file.")
-    parser.add_argument("--global_teacher.weights", type=str | None, help="Likewise PDD's second teacher's.")
-    parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="Where to compute.")
-    parser.add_argument("--precision", type=Literal["fp32", "bf16"], default="fp32", help="bf16 is faster.")
-    parser.add_argument("--batch_size", type=int, default=16, help="Images per forward pass; changes no score.")
+    loading_arguments(parser)
 
 
 def run_audit(options: Namespace) -> int:
@@ -82,18 +79,11 @@ def _of_files(options: Namespace, manifest: Any, task: str) -> Any:
 
 def _of_model(options: Namespace, manifest: Any, task: str) -> Any:
     from anatomaly.audit.model import passes, run_model
-    from anatomaly.inference import Detector
 
     if (options.blur, options.pooling, options.size) != (None, None, None):
         raise ConfigError("audit: a model has its own blur, pooling and size. Leave out --blur, --pooling and --size.")
     bundle = Path(options.source)
-    detector = Detector.load(
-        bundle,
-        device=options.device,
-        precision=options.precision,
-        teacher_weights=options.teacher.weights,
-        global_teacher_weights=options.global_teacher.weights,
-    )
+    detector = load_detector(options, bundle)
     with progress(passes(bundle) * len(manifest.select(task=task, split="test"))) as advance:
         return run_model(
             detector,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -90,7 +91,11 @@ def run_grid(options: Namespace) -> int:
     cells = read_cells(cell.folder(out) for cell in grid.cells())
     if cells:
         done = {cell.entry for cell in cells}
-        rows, fought = write_leaderboard(cells, out, reference=reference if reference in done else None)
+        note = f"Protocol {grid.protocol}."
+        if grid.protocol == "few_shot":
+            digest = json.loads((out / "supports.json").read_text(encoding="utf-8"))["digest"]
+            note += f" The supports are those of supports.json, digest {digest[:16]}."
+        rows, fought = write_leaderboard(cells, out, reference=reference if reference in done else None, note=note)
         console = Console() if Console().is_terminal else Console(width=200)
         for section in tables(rows, fought):
             safe = section._replace(lines=[[escape(cell) for cell in line] for line in section.lines])

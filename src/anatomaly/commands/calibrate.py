@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anatomaly.commands.console import progress
-from anatomaly.commands.judge import load_detector, model_arguments, support_rows
+from anatomaly.commands.judge import load_detector, model_arguments, support_arguments, support_rows
 from anatomaly.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,16 +20,9 @@ _LISTED = 10  # unreadable images named on the terminal
 
 def calibrate_arguments(parser: ArgumentParser) -> None:
     """Options of `calibrate`."""
-    from anatomaly.types import Intensity
-
     model_arguments(parser)
     parser.add_argument("--normals", type=str, help="Folder or manifest of other normal images; without, the support.")
-    parser.add_argument("--support", type=str, help="Folder or manifest of K normal images, as for predict; not PDD.")
-    parser.add_argument("--shots", type=int | None, default=None, help="Take only so many of the support images.")
-    parser.add_argument("--bank", type=str, help="Saved support bank, instead of --support; needs --normals.")
-    parser.add_argument("--save_bank", type=str, help="Save the support bank to this file, for predict --bank.")
-    parser.add_argument("--task", type=str, default="task", help="Name of the kind of image, as for predict.")
-    parser.add_argument("--intensity", type=Intensity | None, default=None, help="Rule where it differs from fit's.")
+    support_arguments(parser)
     parser.add_argument("--check", type=str, help="Calibrate nothing: ask whether these normals still fit.")
 
 

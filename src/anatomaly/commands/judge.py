@@ -13,10 +13,15 @@ if TYPE_CHECKING:
 
 
 def model_arguments(parser: ArgumentParser) -> None:
-    """Options of every command that loads a model."""
+    """Options of every command that takes a model."""
+    parser.add_argument("--model", type=str, required=True, help="Folder made by fit or import.")
+    loading_arguments(parser)
+
+
+def loading_arguments(parser: ArgumentParser) -> None:
+    """How a model is loaded and run, whatever names its folder."""
     from typing import Literal
 
-    parser.add_argument("--model", type=str, required=True, help="Folder made by fit or import.")
     parser.add_argument("--teacher.weights", type=str | None, help="Take the teacher's weights from this file.")
     parser.add_argument("--global_teacher.weights", type=str | None, help="Likewise PDD's second teacher's.")
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="Where to compute.")
@@ -24,14 +29,14 @@ def model_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, default=16, help="Images per forward pass; changes no score.")
 
 
-def load_detector(options: Namespace) -> Any:
-    """The model that `model_arguments` describe, ready to judge."""
+def load_detector(options: Namespace, folder: str | Path | None = None) -> Any:
+    """The model in `--model`, or in another folder, loaded as `loading_arguments` say."""
     from anatomaly.inference import Detector
 
     if options.batch_size < 1:
         raise ConfigError(f"batch_size: got {options.batch_size}, expected at least 1.")
     return Detector.load(
-        options.model,
+        options.model if folder is None else folder,
         device=options.device,
         precision=options.precision,
         teacher_weights=options.teacher.weights,
@@ -39,18 +44,23 @@ def load_detector(options: Namespace) -> Any:
     )
 
 
-def predict_arguments(parser: ArgumentParser) -> None:
-    """Options of `predict`."""
+def support_arguments(parser: ArgumentParser) -> None:
+    """What images are compared with, and how they are read."""
     from anatomaly.types import Intensity
 
-    model_arguments(parser)
-    parser.add_argument("--images", type=str, required=True, help="File, folder or manifest of images to judge.")
     parser.add_argument("--support", type=str, help="Folder or manifest of K normal images of the same kind; not PDD.")
     parser.add_argument("--shots", type=int | None, default=None, help="Take only so many of the support images.")
     parser.add_argument("--bank", type=str, help="Saved support bank, instead of --support.")
     parser.add_argument("--save_bank", type=str, help="Save the support bank to this file.")
     parser.add_argument("--task", type=str, default="task", help="Name of the kind of image.")
     parser.add_argument("--intensity", type=Intensity | None, default=None, help="Rule where it differs from fit's.")
+
+
+def predict_arguments(parser: ArgumentParser) -> None:
+    """Options of `predict`."""
+    model_arguments(parser)
+    parser.add_argument("--images", type=str, required=True, help="File, folder or manifest of images to judge.")
+    support_arguments(parser)
     parser.add_argument("--out", type=str, required=True, help="Folder for tables, maps, overlays and report.")
     parser.add_argument("--maps", type=bool, default=True, help="Write maps as float32 arrays and volumes.")
     parser.add_argument("--overlays", type=bool, default=True, help="Write overlays as PNG.")
