@@ -559,7 +559,7 @@ def test_the_demo_runs_from_images_to_report_once(run, refused, tmp_path, monkey
     code, out, _ = run("demo", "--out", tmp_path / "demo")
     assert code == 0
     assert out.endswith(f"Report: {tmp_path / 'demo/report.html'}\n")
-    assert all(name in out for name in ("D24FAD", "untrained student", "patch nearest neighbours"))
+    assert all(name in out for name in ("D24FAD", "patch attention", "patch nearest neighbours"))
     assert "A task nobody trained on" in (tmp_path / "demo/report.html").read_text()
     assert "head_ct" not in json.loads((tmp_path / "demo/models/D24FAD/config.json").read_text())["training"]["tasks"]
     assert "report.html: already exists" in refused("demo", "--out", tmp_path / "demo")

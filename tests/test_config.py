@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from anatomaly.cli import main
 from anatomaly.config import (
     FitConfig,
     MethodConfig,
@@ -31,6 +32,7 @@ def test_the_ends_of_the_ranges_are_valid():
     [
         ("shots", [0, -1, 2**31]),
         ("epochs", [-1]),
+        ("synthetic", [-1, 2**31]),
         ("batch_size", [0]),
         ("validate_every", [0]),
         ("seed", [-1, 10**20]),
@@ -109,7 +111,23 @@ def test_an_unknown_rule_is_refused():
 
 def test_a_recorded_run_gets_the_settings_that_came_later():
     recorded = {"data": "abc", "training": {"epochs": 3}, "teacher": {"name": "a"}}
-    assert with_later_settings(recorded) == {**recorded, "training": {"keep_checkpoints": False, "epochs": 3}}
+    later = {"keep_checkpoints": False, "synthetic": 0}
+    assert with_later_settings(recorded) == {**recorded, "training": {**later, "epochs": 3}}
     assert recorded["training"] == {"epochs": 3}, "the record itself is left alone"
-    assert with_later_settings({"training": {"keep_checkpoints": True}}) == {"training": {"keep_checkpoints": True}}
+    for known in ({"keep_checkpoints": True}, {"synthetic": 50}):
+        assert with_later_settings({"training": known}) == {"training": {**later, **known}}
+    defaults = TrainingConfig()
+    assert {name: getattr(defaults, name) for name in later} == later, "today's defaults do what those runs did"
     assert with_later_settings({}) == {}
+
+
+def test_the_preset_of_attention_is_a_valid_setting(monkeypatch, phantom):
+    called = []
+    monkeypatch.setattr("anatomaly.training.fit", lambda manifest, out, config: called.append(config))
+    assert main(["fit", "--preset", "attention", "--data", str(phantom.source), "--out", "unused"]) == 0
+    (config,) = called
+    assert isinstance(config, FitConfig)
+    assert config.method == MethodConfig(name="attention")
+    assert config.training.synthetic > 0
+    assert config.training.epochs > 0
+    assert config.task_intensity == {}

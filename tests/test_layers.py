@@ -20,11 +20,12 @@ ROWS = (  # a module may import modules of lower rows, and its own folder's
     "bundle spine anomalib_bridge",
     "methods comparison protocols published support_lists timm_models",
     "data backbones scoring metrics pixel_metrics calibration feature_cache results cost",
-    "config presets",
+    "presets",
+    "config",
     "types errors",
 )
 ROW = {name: row for row, names in enumerate(ROWS) for name in names.split()}
-READ_CONFIG = set(" ".join(ROWS[:4]).split()) | {"inference"}  # below, plain arguments
+READ_CONFIG = set(" ".join(ROWS[:4]).split()) | {"inference", "presets"}  # below, plain arguments
 
 FILES = {".".join(f.relative_to(PACKAGE).with_suffix("").parts): f for f in sorted(PACKAGE.rglob("*.py"))}
 TREES = {name.removesuffix(".__init__"): ast.parse(file.read_text("utf-8")) for name, file in FILES.items()}

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
-from anatomaly.scoring import anomaly_map, blur, image_score
+from anatomaly.scoring import anomaly_map, blur, image_score, surroundings
 from anatomaly.types import Comparison, Scoring
 
 
@@ -53,6 +53,59 @@ def test_features_that_are_all_zero_count_as_unrelated():
 def test_no_comparison_is_an_error():
     with pytest.raises(ValueError, match="empty sequence, expected at least one"):
         anomaly_map([], (4, 4))
+
+
+def random_distances(*shape):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("size", [(16, 16), (6, 20), (1, 4), (1, 1)])
+def test_surroundings_are_scipys_wide_gaussian_of_every_map_alone(size):
+    distances = random_distances(3, *size)
+    before = distances.clone()
+    found = surroundings(distances)
+    assert found.dtype == torch.float32
+    sigma = [3 / 16 * side for side in size]
+    expected = [gaussian_filter(each.double().numpy(), sigma, mode="reflect") for each in distances]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert torch.equal(distances, before)
+
+
+def test_surroundings_pass_gradients_on_and_are_the_map_itself_where_it_is_flat():
+    flat = torch.full((1, 9, 14), 0.7, requires_grad=True)
+    found = surroundings(flat)
+    torch.testing.assert_close(found.detach(), flat.detach())
+    found.sum().backward()
+    torch.testing.assert_close(flat.grad, torch.ones_like(flat))
+
+
+def at_angles(distances, **counts):
+    """A comparison with these cosine distances, (h, w)."""
+    return turned(torch.rad2deg(torch.arccos(1 - distances)))._replace(**counts)
+
+
+def test_a_level_counts_as_it_says():
+    """At the map's own resolution, so that it does not matter where the surroundings are subtracted."""
+    one, two = random_distances(2, 12, 20)
+    found = anomaly_map([at_angles(one, scale=2.5, surround=0.8), at_angles(two, scale=0.5)], (12, 20))[0]
+    wide = gaussian_filter(one.numpy(), (3 / 16 * 12, 3 / 16 * 20))
+    np.testing.assert_allclose(found, 2.5 * (one.numpy() - 0.8 * wide) + 0.5 * two.numpy(), atol=1e-5)
+    assert float(found.min()) < 0, "more normal than its surroundings"
+
+
+def test_what_is_unlike_all_over_counts_less_by_the_share_of_its_surroundings():
+    distances = torch.full((3, 5), 0.9)
+    for share in (0.0, 0.25, 1.0):
+        found = anomaly_map([at_angles(distances, surround=share)], (6, 10))
+        np.testing.assert_allclose(found, 0.9 * (1 - share), atol=1e-6)
+
+
+def test_surroundings_are_those_of_the_image_and_not_of_its_neighbours():
+    distances = random_distances(2, 8, 8)
+    student, target, *_ = zip(*(at_angles(each) for each in distances), strict=True)
+    both = anomaly_map([Comparison(torch.cat(student), torch.cat(target), surround=0.8)], (16, 16))
+    alone = [anomaly_map([at_angles(each, surround=0.8)], (16, 16))[0] for each in distances]
+    torch.testing.assert_close(both, torch.stack(alone))
 
 
 def test_blur_of_zero_changes_nothing():

@@ -14,14 +14,17 @@ from anatomaly.backbones.teacher import Teacher
 from anatomaly.backbones.weights import state_digest
 from anatomaly.bundle import read_tensors
 from anatomaly.config import FitConfig, MethodConfig, PDDConfig, TeacherConfig, TrainingConfig
+from anatomaly.data import lesion_episodes
+from anatomaly.data.lesion_episodes import synthetic_images
 from anatomaly.data.manifest import load_manifest
-from anatomaly.data.phantom import write_benchmark
+from anatomaly.data.phantom import MARKER, write_benchmark
 from anatomaly.errors import AnatomalyError, ConfigError, OutputError, ReadError
 from anatomaly.feature_cache import FeatureCache
 from anatomaly.inference import Detector
 from anatomaly.methods import D24FAD, build_method
 from anatomaly.training import StudentTraining, Validation, fit
 from anatomaly.types import Intensity, Preprocessing, Sample
+from anatomaly.validation import Preparation
 
 SMALL = Preprocessing(size=(64, 64))
 TASKS = ("brain_mr", "fundus")
@@ -551,3 +554,115 @@ def test_only_a_disk_cache_rounds_features(scans, tmp_path, monkeypatch, one_tea
     assert all(level.dtype == torch.float32 for level in seen)
     assert [torch.equal(level, level.half().float()) for level in seen] == [disk > 0] * len(seen)
     assert (tmp_path / "cache").exists() == (disk > 0)
+
+
+@pytest.fixture
+def short_epochs(monkeypatch):
+    """Epochs of attention of 3 batches."""
+    monkeypatch.setattr(lesion_episodes, "STEPS", 3)
+
+
+@pytest.fixture(scope="module")
+def elsewhere(scans, tmp_path_factory):
+    """The same images in a folder that nobody can tell from one of real ones."""
+    out = shutil.copytree(scans.source.parent, tmp_path_factory.mktemp("elsewhere") / "scans")
+    (out / MARKER).unlink()
+    return load_manifest(out / "manifest.csv")
+
+
+ATTENTION = MethodConfig("attention")
+
+
+def test_a_killed_run_of_attention_goes_on_to_the_same_weights_and_scores(
+    scans, elsewhere, tmp_path, monkeypatch, one_teacher, short_epochs
+):
+    config = replace(settings(epochs=3, synthetic=3), method=ATTENTION)
+    whole = fit(elsewhere, tmp_path / "whole", config)
+    on_train_epoch_end = StudentTraining.on_train_epoch_end
+
+    def killed_in_epoch_1(self):
+        on_train_epoch_end(self)
+        if self.current_epoch == 1:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StudentTraining, "on_train_epoch_end", killed_in_epoch_1)
+        with pytest.raises(Killed):
+            fit(elsewhere, tmp_path / "model", config)
+    resumed = fit(elsewhere, tmp_path / "model", config)
+    assert digest(resumed) == digest(whole)
+    assert resumed.facts == whole.facts
+    assert progress(tmp_path / "model") == progress(tmp_path / "whole")
+    assert state_digest(fit_last(tmp_path / "model")) == state_digest(fit_last(tmp_path / "whole"))
+    untrained = build_method("attention", whole.method.teacher, seed=111)
+    assert state_digest(fit_last(tmp_path / "whole")) != state_digest(untrained.state_dict())
+    lines = progress(tmp_path / "whole")
+    assert len({line["total"] for line in lines}) == 3
+    for line in lines:
+        assert line["total"] == pytest.approx(line["cells"] + line["images"], rel=1e-5)
+    files = [row.path for row in scans]
+    detectors = (whole, resumed, Detector.load(tmp_path / "whole", device="cpu"))
+    scores = [[one.score for one in detector.set_support(files[:2]).predict(files[2:5])] for detector in detectors]
+    assert scores[0] == scores[1] == scores[2]
+    assert len(set(scores[0])) == 3
+
+
+def lesion_loader(manifest, method, **choices):
+    """The loader of attention and the rows it was made of."""
+    config = settings(**{"shots": 2, "batch_size": 2, **choices})
+    rows = sorted(manifest.samples, key=lambda sample: sample.task)
+    return training._loader(method, rows, Preparation(SMALL, {}, "cpu"), config.training), rows
+
+
+@pytest.mark.parametrize(("synthetic", "added"), [(0, 0), (4, 5)])
+def test_built_in_tasks_are_added_to_other_data_but_not_to_built_in_ones(scans, elsewhere, lite0, synthetic, added):
+    method = build_method("attention", lite0)
+    for manifest, more in ((elsewhere, added), (scans, 0)):
+        loader, rows = lesion_loader(manifest, method, synthetic=synthetic)
+        sizes = [len(members) for members in loader.dataset.members]
+        assert sizes == [6, 6, *[synthetic] * more]
+        assert sorted(index for members in loader.dataset.members for index in members) == list(range(sum(sizes)))
+        assert len(rows) == 12
+
+
+def test_images_and_features_of_a_number_belong_together(elsewhere, lite0):
+    """Those of the manifest come first, in the order of its rows, then the built-in ones in theirs."""
+    method = build_method("attention", lite0)
+    loader, rows = lesion_loader(elsewhere, method, synthetic=3, seed=4)
+    dataset, (_, drawn) = loader.dataset, synthetic_images(3, SMALL.size)
+    prepare = Preparation(SMALL, {}, "cpu")
+    for members in dataset.members:
+        chosen = members[::-1][:3].tolist()
+        expected = torch.cat([next(prepare.inputs([rows[i]])) if i < 12 else drawn[i - 12][None] for i in chosen])
+        assert torch.equal(dataset.load(chosen), expected)
+        pairs = torch.tensor(chosen).expand(2, 3)
+        levels = method.extract(expected)["teacher"]
+        for index, first in ((pairs[0], levels), (pairs, [level.expand(2, *level.shape) for level in levels])):
+            found = dataset.fetch(index, slice(None))["teacher"]
+            for one, other in zip(found, first, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert len({tuple(members) for members in dataset.members}) == 7
+
+
+def test_batches_of_attention_can_be_learned_from(elsewhere, lite0, short_epochs):
+    method = build_method("attention", lite0)
+    loader, _ = lesion_loader(elsewhere, method, synthetic=3)
+    loader.sampler.set_epoch(1)
+    seen = 0
+    for batch in loader:
+        levels, pasted, (mask,) = batch.query["teacher"], batch.query["pasted"], batch.query["mask"]
+        assert [level.shape for level in levels] == [level.shape for level in pasted]
+        assert [level.shape[2:] for level in batch.support["teacher"]] == [level.shape[1:] for level in levels]
+        assert (mask.shape, len(levels)) == ((2, *SMALL.size), 4)
+        method.training_loss(batch.query, batch.support)["total"].backward()
+        seen += 1
+    assert seen == 3
+    assert all(bool(parameter.grad.any()) for parameter in method.parameters())
+
+
+def test_a_run_recorded_before_there_were_synthetic_images_is_the_same_run(older, finished, scans, monkeypatch):
+    out = older("synthetic")
+    monkeypatch.setattr(training, "_train", lambda *_: pytest.fail("trained again"))
+    assert fit(scans, out, settings(epochs=3)).model_hash == finished[1].model_hash
+    with pytest.raises(ConfigError, match=r"\(training\.synthetic 0, now 5\)"):
+        fit(scans, out, settings(epochs=3, synthetic=5))

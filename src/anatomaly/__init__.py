@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from anatomaly.data.manifest import load_manifest as load_manifest
     from anatomaly.evaluation import evaluate as evaluate
     from anatomaly.inference import Detector as Detector
+    from anatomaly.presets import load_preset as load_preset
     from anatomaly.training import fit as fit
     from anatomaly.types import Prediction as Prediction
 
@@ -27,8 +28,19 @@ _PUBLIC = {
     "evaluate": "anatomaly.evaluation",
     "fit": "anatomaly.training",
     "load_manifest": "anatomaly.data.manifest",
+    "load_preset": "anatomaly.presets",
 }
-__all__ = ["Detector", "FitConfig", "Prediction", "__version__", "calibrate", "evaluate", "fit", "load_manifest"]
+__all__ = [
+    "Detector",
+    "FitConfig",
+    "Prediction",
+    "__version__",
+    "calibrate",
+    "evaluate",
+    "fit",
+    "load_manifest",
+    "load_preset",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -132,7 +132,8 @@ class Grid:
             few_shot = entry.peer is not None or entry.config.method.name != "pdd"
             if self.protocol == "few_shot" and not few_shot:
                 raise ConfigError(f"benchmark: {entry.name} is a one-class method. Set protocol: one_class.")
-            if self.protocol == "one_class" and entry.trained and entry.config.method.name != "pdd":
+            one_class = entry.config.method.name in ("pdd", "attention")
+            if self.protocol == "one_class" and entry.trained and not one_class:
                 raise ConfigError(f"benchmark: {entry.name} trains on other tasks. Set protocol: few_shot.")
             if self.protocol == "few_shot" and entry.trained:
                 leave_one_task_out(self.manifest)

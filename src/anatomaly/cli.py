@@ -13,7 +13,7 @@ from anatomaly import __version__
 from anatomaly.commands import audit, benchmark, calibrate, data, explain, judge, model
 from anatomaly.commands.console import fail, instantiated
 from anatomaly.errors import AnatomalyError, ConfigError
-from anatomaly.presets import preset_file
+from anatomaly.presets import DEFAULT_PRESET, preset_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -88,7 +88,7 @@ def _parse(name: str, words: Sequence[str]) -> Namespace:
     parser.add_argument("-c", "--config", action="config", help="YAML file with these settings; flags after it win.")
     command.arguments(parser)
     try:
-        options = instantiated(parser, parser.parse_args(_with_presets(words)))
+        options = instantiated(parser, parser.parse_args(_with_presets(_with_default(name, words))))
         if preset := options.get("preset"):  # from a file, where what it should give way to cannot be told
             raise ConfigError(f"{name}: a preset cannot be named in a file. Give it as a flag: --preset {preset}.")
         return options
@@ -102,6 +102,12 @@ def _parse(name: str, words: Sequence[str]) -> Namespace:
             f"{name}: the settings are not UTF-8 YAML with a mapping per group, such as 'training: {{epochs: 5}}'. "
             f"See anatomaly {name} --help."
         ) from err
+
+
+def _with_default(name: str, words: Sequence[str]) -> Sequence[str]:
+    """Give `fit` its preset where neither a preset, a file nor a method is named."""
+    named = any(word.partition("=")[0].split(".")[0] in ("--preset", "-c", "--config", "--method") for word in words)
+    return words if name != "fit" or named else ["--preset", DEFAULT_PRESET, *words]
 
 
 def _with_presets(words: Sequence[str]) -> list[str]:

@@ -87,7 +87,8 @@ class MethodConfig:
     """The method and the choices its paper and release make differently.
 
     Attributes:
-        name: d24fad (few-shot), pdd (one-class), or nearest (patch nearest neighbours; nothing is trained).
+        name: attention (few-shot; docs/better.md), d24fad (few-shot), pdd (one-class), or nearest (patch nearest
+            neighbours; nothing is trained).
         distance: Of the losses: flattened (release) or positionwise (paper).
         softmax_scale: Of learn-to-weight: channels (release) or elements.
         tsd_weight: Weight of the teacher-student loss; the paper's lambda.
@@ -96,7 +97,7 @@ class MethodConfig:
         pdd: Of PDD; all before are D24FAD's.
     """
 
-    name: Literal["d24fad", "pdd", "nearest"] = "d24fad"
+    name: Literal["attention", "d24fad", "pdd", "nearest"] = "d24fad"
     distance: Literal["flattened", "positionwise"] = "flattened"
     softmax_scale: Literal["channels", "elements"] = "channels"
     tsd_weight: float = 0.1
@@ -118,8 +119,10 @@ class TrainingConfig:
 
     Attributes:
         shots: K, supports per episode; one-class methods have none.
-        epochs: Passes over the training images; 0 leaves the student untrained.
+        epochs: Passes over the training images, of attention 100 batches each; 0 leaves the student untrained.
         batch_size: Episodes per step.
+        synthetic: Of attention: normal images of each of the five built-in tasks that are trained on as well, unless
+            the data are built-in ones themselves.
         learning_rate: Of Adam, at the start.
         schedule: constant, or cosine: down to a tenth in `cosine_epochs` epochs, up again in as many, and so on.
         cosine_epochs: Half a period of the cosine.
@@ -138,6 +141,7 @@ class TrainingConfig:
     shots: int = 4
     epochs: int = 70
     batch_size: int = 16
+    synthetic: int = 0
     learning_rate: float = 1e-4
     schedule: Literal["constant", "cosine"] = "constant"
     cosine_epochs: int = 40
@@ -156,7 +160,7 @@ class TrainingConfig:
         """Refuse values out of range with a ConfigError."""
         _check_words(self, "training")
         counts = ("shots", "batch_size", "validate_every", "cosine_epochs")
-        for name, lowest in (*((count, 1) for count in counts), ("epochs", 0), ("seed", 0)):
+        for name, lowest in (*((count, 1) for count in counts), ("epochs", 0), ("synthetic", 0), ("seed", 0)):
             value = getattr(self, name)
             _check(f"training.{name}", value, lowest <= value < 2**31, f"{lowest} or more, and less than 2**31")
         _check("training.learning_rate", self.learning_rate, 0 < self.learning_rate < math.inf, "more than 0")
@@ -199,7 +203,7 @@ class FitConfig:
 
 
 #: Settings that older runs did not record, by group, with the value that means what those runs did.
-_LATER_SETTINGS: Mapping[str, Mapping[str, object]] = {"training": {"keep_checkpoints": False}}
+_LATER_SETTINGS: Mapping[str, Mapping[str, object]] = {"training": {"keep_checkpoints": False, "synthetic": 0}}
 
 
 def with_later_settings(recorded: Mapping[str, Any]) -> dict[str, Any]:

@@ -194,7 +194,7 @@ class Detector:
             raise ConfigError(f"support: {twice} is given twice, expected K different images. Remove the copies.")
         stack = torch.stack(inputs).to(self.device)
         with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            features = self.method.extract(stack)
+            features = self.method.extract_support(stack)
             tensors = self.method.embed_support(features)
             encoded = self.method.encode(features)
         map_range = (0.0, 0.5 * len(encoded))  # a fixed guess where a single support leaves nothing to compare with

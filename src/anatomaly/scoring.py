@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from anatomaly.types import Comparison, Scoring
 
 
 def anomaly_map(comparisons: Sequence[Comparison], size: tuple[int, int]) -> Tensor:
-    """Sum the cosine distances of all levels at pixel resolution.
+    """Sum the cosine distances of all levels at pixel resolution, each as `Comparison` says it counts.
 
     Args:
         comparisons: Pairs (student, target), each (B, C, h, w); levels may differ in C, h, w.
         size: (H, W) of the map.
 
     Returns:
-        (B, H, W), float32, in [0, 2 * len(comparisons)]; no blur, no normalisation.
+        (B, H, W), float32, no blur, no normalisation; in [0, 2 * len(comparisons)] where all levels have scale 1 and
+        surround 0, below 0 where a place is more normal than its surroundings.
 
     Raises:
         ValueError: `comparisons` is empty.
@@ -37,10 +41,38 @@ def anomaly_map(comparisons: Sequence[Comparison], size: tuple[int, int]) -> Ten
     if not comparisons:
         raise ValueError("anomaly_map: got an empty sequence, expected at least one Comparison.")
     total = comparisons[0].student.new_zeros(len(comparisons[0].student), *size, dtype=torch.float32)
-    for student, target, _ in comparisons:
+    for student, target, _, scale, surround in comparisons:
         distance = 1.0 - F.cosine_similarity(student.float(), target.float(), dim=1)  # (B, h, w)
-        total += F.interpolate(distance[:, None], size, mode="bilinear", align_corners=True)[:, 0]
+        level = F.interpolate(distance[:, None], size, mode="bilinear", align_corners=True)[:, 0]
+        total += scale * (level - surround * surroundings(level)) if surround else scale * level
     return total
+
+
+#: Standard deviation of the surroundings, as a share of the map's side.
+_SURROUNDINGS = 3 / 16
+
+
+def surroundings(distances: Tensor) -> Tensor:
+    """A wide Gaussian average around every place, borders mirrored.
+
+    Args:
+        distances: (B, h, w), float32.
+
+    Returns:
+        (B, h, w), float32; differentiable.
+    """
+    h, w = distances.shape[1:]
+    rows, columns = (torch.from_numpy(_gaussian(side)).to(distances.device) for side in (h, w))
+    return rows @ distances @ columns.T
+
+
+@lru_cache
+def _gaussian(side: int) -> NDArray[np.float32]:
+    """(side, side) matrix whose rows average the surroundings of their place along one axis."""
+    from scipy.ndimage import gaussian_filter1d
+
+    smoothed: NDArray[np.float32] = gaussian_filter1d(np.eye(side, dtype=np.float32), _SURROUNDINGS * side, axis=0)
+    return smoothed
 
 
 def blur(maps: Tensor, sigma: float) -> Tensor:

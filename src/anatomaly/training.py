@@ -24,6 +24,8 @@ from anatomaly.backbones.weights import cache_dir
 from anatomaly.bundle import CONFIG, TEACHERS, read_tensors, write_tensors
 from anatomaly.config import differences, with_later_settings
 from anatomaly.data.episodes import Batch, Episodes, EpisodeSampler, as_is
+from anatomaly.data.lesion_episodes import LesionEpisodes, StepSampler, synthetic_images
+from anatomaly.data.phantom import is_drawn
 from anatomaly.data.readers import read_image
 from anatomaly.data.transforms import resolve_intensity
 from anatomaly.errors import ConfigError
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _BEST = "best.safetensors"
+_READ_BATCH = 32
 
 
 def fit(manifest: Manifest, out: str | Path, config: FitConfig) -> Detector:
@@ -235,11 +238,7 @@ def _train(
     """Run Lightning's loop, load the best weights into the method and return the best epoch and its figure."""
     settings = config.training
     rows = sorted(train.samples, key=lambda sample: sample.task)  # read task by task; sorting is stable
-    tasks = [sample.task for sample in rows]
-    shots = settings.shots if method.needs_support else 0
-    sampler = EpisodeSampler(tasks, shots=shots, resample=settings.resample, seed=settings.seed)
-    fetch = _source(method, rows, prepare, settings)
-    loader = DataLoader(Episodes(fetch), batch_size=settings.batch_size, sampler=sampler, collate_fn=as_is)
+    loader = _loader(method, rows, prepare, settings)
     validate = Validation(method, train, held_out, prepare, config)
     module = StudentTraining(method, validate, folder, config)
     callbacks: list[Callback] = [ModelCheckpoint(folder, filename="last", enable_version_counter=False)]
@@ -269,6 +268,57 @@ def _train(
             raise KeyboardInterrupt from None
     method.load_state_dict(read_tensors(folder / _BEST))
     return {**module.best, "best_epoch": int(module.best["best_epoch"])}
+
+
+def _loader(
+    method: Trainable, rows: Sequence[Sample], prepare: Preparation, settings: TrainingConfig
+) -> DataLoader[Batch]:
+    """Batches of training rows, drawn as the method learns from them."""
+    tasks = [sample.task for sample in rows]
+    fetch = _source(method, rows, prepare, settings)
+    if method.learns_from_lesions:
+        return _lesion_loader(method, rows, fetch, prepare, settings)
+    shots = settings.shots if method.needs_support else 0
+    sampler = EpisodeSampler(tasks, shots=shots, resample=settings.resample, seed=settings.seed)
+    return DataLoader(Episodes(fetch), batch_size=settings.batch_size, sampler=sampler, collate_fn=as_is)
+
+
+def _lesion_loader(
+    method: Trainable,
+    rows: Sequence[Sample],
+    fetch: Callable[[Tensor, slice], Features],
+    prepare: Preparation,
+    settings: TrainingConfig,
+) -> DataLoader[Batch]:
+    """Batches with pasted lesions: of the training rows and, unless these are built-in images too, of built-in ones."""
+    drawn = any(is_drawn(file) for file in {row.task: row.path for row in rows}.values())
+    more, synthetic = synthetic_images(0 if drawn else settings.synthetic, prepare.preprocessing.size)
+    with torch.inference_mode():
+        batches = [
+            method.extract(images.to(prepare.device))["teacher"] for images in torch.split(synthetic, _READ_BATCH)
+        ]
+    pyramid = [torch.cat(levels) for levels in zip(*batches, strict=True)]
+
+    def load(indices: Sequence[int]) -> Tensor:
+        if indices[0] >= len(rows):
+            return synthetic[[i - len(rows) for i in indices]]
+        return torch.cat(list(prepare.inputs([rows[i] for i in indices])))
+
+    def features(index: Tensor, levels: slice) -> Features:
+        if index.flatten()[0] >= len(rows):
+            return {"teacher": [level[index - len(rows)].clone() for level in pyramid[levels]]}
+        return fetch(index, levels)
+
+    episodes = LesionEpisodes(
+        [*(row.task for row in rows), *more],
+        load,
+        features,
+        lambda images: method.extract(images.to(prepare.device)),
+        shots=settings.shots,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+    )
+    return DataLoader(episodes, batch_size=None, sampler=StepSampler())
 
 
 def _source(

@@ -141,11 +141,16 @@ class Comparison(NamedTuple):
         student: (B, C, h, w).
         target: (B, C, h, w).
         weights: (B, K) share of every support image in `target`, rows sum to 1, or None.
+        scale: What the level counts in the map.
+        surround: Share of a place's surroundings that is subtracted from its distance, from 0 to 1: an image that is
+            unlike the supports all over is no lesion.
     """
 
     student: Tensor
     target: Tensor
     weights: Tensor | None = None
+    scale: float = 1.0
+    surround: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -258,9 +263,15 @@ class Method(Protocol):
 
     #: Queries are compared with K support images; False for one-class methods, whose supports are empty.
     needs_support: bool
+    #: Training shows it every query twice, as it is and with a pasted lesion; see `data.episodes`.
+    learns_from_lesions: bool
 
     def extract(self, images: Tensor) -> Features:
         """Frozen teacher features of (B, 3, H, W) images in [0, 1]; cacheable, never trained."""
+        ...
+
+    def extract_support(self, images: Tensor) -> Features:
+        """The same of K support images; may hold more than `extract`, such as mirrored views."""
         ...
 
     def encode(self, features: Features) -> Sequence[Tensor]:

@@ -87,7 +87,7 @@ class Validation:
             self.supports[task] = {}
             if method.needs_support:
                 support = draw_supports(train, task=task, shots=shots, draws=1, seed=seed)[0]
-                self.supports[task] = method.extract(torch.cat(list(prepare.inputs(support))))
+                self.supports[task] = method.extract_support(torch.cat(list(prepare.inputs(support))))
 
     def __call__(self) -> dict[str, float]:
         """Image AUROC of pasted lesions per task, and their mean "val_auroc", for the method as it is, in eval mode."""

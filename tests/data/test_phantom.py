@@ -8,7 +8,7 @@ from PIL import Image
 from scipy import ndimage
 from sklearn.metrics import roc_auc_score
 
-from anatomaly.data.phantom import COLUMNS, TASKS, draw, png_bytes, write_benchmark
+from anatomaly.data.phantom import COLUMNS, TASKS, draw, is_drawn, png_bytes, write_benchmark
 from anatomaly.errors import ConfigError, OutputError
 
 COLOUR = {"fundus", "histology"}
@@ -128,6 +128,22 @@ def test_files_hold_what_draw_gives(benchmark):
     mask = np.asarray(Image.open(benchmark.parent / row["mask"]))
     assert np.array_equal(mask, np.where(image.mask, 255, 0))
     assert Path(row["path"]).parent.name == image.pathology
+
+
+def test_files_of_a_benchmark_are_known_as_drawn_and_others_are_not(benchmark, tmp_path, monkeypatch):
+    out = benchmark.parent
+    for row in read_rows(benchmark)[:3]:
+        assert is_drawn(out / row["path"])
+    assert is_drawn(benchmark)
+    copied = tmp_path / "fundus" / "train" / "normal" / "p0000_0.png"
+    copied.parent.mkdir(parents=True)
+    copied.write_bytes((out / read_rows(benchmark)[0]["path"]).read_bytes())
+    assert not is_drawn(copied)
+    assert not is_drawn(out.parent / "other.png")
+    monkeypatch.chdir(out / "fundus")
+    assert is_drawn(Path("train/normal/p0000_0.png")), "the folder may be above where a relative path starts"
+    monkeypatch.chdir(tmp_path)
+    assert not is_drawn(Path("fundus/train/normal/p0000_0.png"))
 
 
 def test_no_patient_is_in_two_groups_and_some_have_two_images(benchmark):

@@ -94,12 +94,12 @@ def test_without_self_distillation_only_the_teacher_counts(kind):
         comparisons = model.compare(encoded, model.embed_support(support))
         losses = model.training_loss(query, {"teacher": [features(2, 3, seed=4)["teacher"][-1]]})
     assert len(comparisons) == 3
-    for level, (student, target, weights) in enumerate(comparisons):
+    for level, (student, target, weights, *_) in enumerate(comparisons):
         assert student.shape == target.shape
         assert torch.equal(target, query["teacher"][level])
         assert not torch.equal(student, target)
         assert weights is None
-    tsd = sum(distance(student, target, kind) for student, target, _ in comparisons)
+    tsd = sum(distance(student, target, kind) for student, target, *_ in comparisons)
     assert set(losses) == {"total", "tsd"}
     torch.testing.assert_close(losses["tsd"], tsd, rtol=1e-5, atol=1e-6)
     assert torch.equal(losses["total"], losses["tsd"]), "lambda weighs nothing where there is one loss"
@@ -128,12 +128,12 @@ def test_without_learn_to_weight_every_support_counts_the_same():
         comparisons = model.compare(encoded, bank)
         episodes = {"teacher": [level.expand(2, *level.shape) for level in support["teacher"]]}
         losses = model.training_loss(query, episodes)
-    for level, (student, target, weights) in enumerate(comparisons):
+    for level, (student, target, weights, *_) in enumerate(comparisons):
         assert torch.equal(weights, torch.full((2, 4), 0.25))
         assert student is encoded[level]
         for image in target:
             torch.testing.assert_close(image, bank[f"value_{level}"].mean(dim=0))
-    ssd = sum(distance(student, target, "flattened") for student, target, _ in comparisons)
+    ssd = sum(distance(student, target, "flattened") for student, target, *_ in comparisons)
     tsd = sum(distance(s, t, "flattened") for s, t in zip(encoded, query["teacher"], strict=False))
     assert set(losses) == {"total", "ssd", "tsd"}
     torch.testing.assert_close(losses["ssd"], ssd, rtol=1e-4, atol=1e-6)
@@ -158,7 +158,7 @@ def test_a_comparison_is_the_weighted_support():
         encoded, bank = model.encode(features(2, seed=1)), model.embed_support(features(3, seed=2))
         comparisons = model.compare(encoded, bank)
     assert len(comparisons) == 3
-    for level, (student, target, weights) in enumerate(comparisons):
+    for level, (student, target, weights, *_) in enumerate(comparisons):
         assert student is encoded[level]
         assert weights.shape == (2, 3)
         torch.testing.assert_close(weights.sum(dim=1), torch.ones(2))
@@ -280,5 +280,6 @@ def test_the_choices_arrive_and_the_table_is_complete():
 
 
 def test_an_unknown_method_is_refused():
-    with pytest.raises(ConfigError, match=r"^method: unknown name 'd24', expected one of d24fad, pdd, nearest\.$"):
+    known = "d24fad, pdd, attention, nearest"
+    with pytest.raises(ConfigError, match=rf"^method: unknown name 'd24', expected one of {known}\.$"):
         build_method("d24", TEACHER)

@@ -58,7 +58,7 @@ def check_pyramids(model, size):
     comparisons = model.compare(encoded, model.embed_support(features))
     assert len(encoded) == 9
     assert [level.shape for level in encoded] == [level.shape for level in features["local"][:3]] * 3
-    for i, (student, target, weights) in enumerate(comparisons):
+    for i, (student, target, weights, *_) in enumerate(comparisons):
         assert student is encoded[i]
         assert target is encoded[6 + i % 3]
         assert weights is None

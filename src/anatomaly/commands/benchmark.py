@@ -189,7 +189,7 @@ def ablation_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--seeds", type=list[int], default=[0, 1, 2], help="Of the training, one model each.")
     parser.add_argument("--shots", type=int, default=4, help="K of few-shot rows.")
     parser.add_argument("--draws", type=int, default=5, help="Support draws of few-shot rows.")
-    parser.add_argument("--preset", type=str, help="d24fad-paper, d24fad-release, pdd-paper or pdd-release.")
+    parser.add_argument("--preset", type=str, help="attention, d24fad-paper, d24fad-release, pdd-paper or pdd-release.")
     parser.add_class_arguments(FitConfig)
 
 

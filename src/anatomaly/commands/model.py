@@ -12,10 +12,15 @@ if TYPE_CHECKING:
 def fit_arguments(parser: ArgumentParser) -> None:
     """Options of `fit`."""
     from anatomaly.config import FitConfig
+    from anatomaly.presets import DEFAULT_PRESET, preset_names
 
     parser.add_argument("--data", type=str, required=True, help="Folder or manifest with normal training images.")
     parser.add_argument("--out", type=str, required=True, help="Folder of the model; an unfinished run in it resumes.")
-    parser.add_argument("--preset", type=str, help="d24fad-paper, d24fad-release, pdd-paper or pdd-release.")
+    parser.add_argument(
+        "--preset",
+        type=str,
+        help=f"{', '.join(preset_names())}; {DEFAULT_PRESET} where neither this, a file nor a method is given.",
+    )
     parser.add_argument("--tasks", type=list[str] | None, default=None, help="Train on these tasks only.")
     parser.add_class_arguments(FitConfig)
 

@@ -230,6 +230,11 @@ def write_benchmark(
     return manifest
 
 
+def is_drawn(file: Path) -> bool:
+    """Whether a file lies in a folder that `write_benchmark` wrote."""
+    return any((folder / MARKER).is_file() for folder in file.absolute().parents)
+
+
 def _clear(out: Path) -> None:
     """Make the folder, or empty an earlier benchmark of its images; refuse a folder of anything else."""
     if out.exists() and not out.is_dir():

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from anatomaly.errors import ConfigError
+from anatomaly.methods.attention import PatchAttention
 from anatomaly.methods.d24fad import D24FAD, Distance, SoftmaxScale
 from anatomaly.methods.nearest import PatchNearestNeighbours
 from anatomaly.methods.pdd import PDD
@@ -17,14 +18,24 @@ if TYPE_CHECKING:
 
     from anatomaly.backbones.teacher import Teacher
 
-__all__ = ["D24FAD", "METHODS", "PDD", "AnyMethod", "PatchNearestNeighbours", "Trainable", "build_method"]
+__all__ = [
+    "D24FAD",
+    "METHODS",
+    "PDD",
+    "AnyMethod",
+    "PatchAttention",
+    "PatchNearestNeighbours",
+    "Trainable",
+    "build_method",
+]
 
-Trainable: TypeAlias = D24FAD | PDD
+Trainable: TypeAlias = D24FAD | PDD | PatchAttention
 AnyMethod: TypeAlias = Trainable | PatchNearestNeighbours
 
 METHODS: Mapping[str, type[AnyMethod]] = {
     "d24fad": D24FAD,
     "pdd": PDD,
+    "attention": PatchAttention,
     "nearest": PatchNearestNeighbours,
 }
 
@@ -62,6 +73,8 @@ def build_method(
         torch.manual_seed(seed)
         if name == "nearest":
             return PatchNearestNeighbours(teacher)
+        if name == "attention":
+            return PatchAttention(teacher)
         if name == "d24fad":
             return D24FAD(
                 teacher,

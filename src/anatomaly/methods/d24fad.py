@@ -86,6 +86,7 @@ class D24FAD(nn.Module):
     """
 
     needs_support = True
+    learns_from_lesions = False
 
     def __init__(
         self,
@@ -120,6 +121,8 @@ class D24FAD(nn.Module):
     def extract(self, images: Tensor) -> Features:
         """Teacher pyramid of (B, 3, H, W) images in [0, 1]: {"teacher": four levels, shallow to deep}."""
         return {"teacher": self.teacher(images)}
+
+    extract_support = extract
 
     def encode(self, features: Features) -> list[Tensor]:
         """Student features, three levels shallow to deep, from the teacher's deepest level.

@@ -32,6 +32,7 @@ class PatchNearestNeighbours(nn.Module):
     """
 
     needs_support = True
+    learns_from_lesions = False
 
     def __init__(self, teacher: Teacher) -> None:
         super().__init__()
@@ -50,6 +51,8 @@ class PatchNearestNeighbours(nn.Module):
     def extract(self, images: Tensor) -> Features:
         """Teacher pyramid of (B, 3, H, W) images in [0, 1]."""
         return {"teacher": self.teacher(images)}
+
+    extract_support = extract
 
     def encode(self, features: Features) -> list[Tensor]:
         """The teacher's first three levels, unchanged."""
@@ -71,7 +74,7 @@ class PatchNearestNeighbours(nn.Module):
             patches = bank.permute(0, 2, 3, 1).reshape(-1, channels)  # (K*h*w, C)
             targets, weights = [], []
             for one in F.normalize(query.float(), dim=1):  # one image at a time bounds memory
-                nearest = _most_similar(one.flatten(1).T, patches)  # (h*w,)
+                nearest = most_similar(one.flatten(1).T, patches)  # (h*w,)
                 targets.append(patches[nearest].T.reshape(one.shape))
                 weights.append(torch.bincount(nearest // (h * w), minlength=shots) / len(nearest))
             comparisons.append(Comparison(query, torch.stack(targets), torch.stack(weights)))
@@ -90,7 +93,7 @@ class PatchNearestNeighbours(nn.Module):
 _BLOCK = 2**19
 
 
-def _most_similar(queries: Tensor, patches: Tensor) -> Tensor:
+def most_similar(queries: Tensor, patches: Tensor) -> Tensor:
     """Index of the patch with the largest dot product for each query: (Q, C) and (P, C) -> (Q,)."""
     if queries.is_cuda:
         return (queries @ patches.T).argmax(dim=1)

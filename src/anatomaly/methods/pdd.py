@@ -80,6 +80,7 @@ class PDD(nn.Module):
     """
 
     needs_support = False
+    learns_from_lesions = False
 
     def __init__(
         self,
@@ -158,6 +159,8 @@ class PDD(nn.Module):
                     f"{made[0]}x{made[1]}, {factor} times level {level + 2}. Use images whose sides are multiples of "
                     f"{teacher.strides[-1]} and a local teacher whose strides divide each other."
                 )
+
+    extract_support = extract
 
     def encode(self, features: Features) -> list[Tensor]:
         """Run the trainable part.

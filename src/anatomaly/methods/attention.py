@@ -1,0 +1,236 @@
+"""Patch attention: a student that may see a query only through the supports' patches (docs/better.md).
+
+The frozen teacher describes the query and the K supports.  The student re-reads both with one learned linear map per
+level and rebuilds every query patch as an attention over all patches of all supports and their mirror images; what
+they cannot rebuild is anomalous.  Linear maps, temperatures, the pull of the position and what each level counts are
+learned on normal images of other tasks with lesions pasted into them: the weights know what a lesion does and nothing
+of the task at hand.  Every place is judged against its surroundings, and the teacher's own nearest patches count
+beside the student's.
+"""
+
+from __future__ import annotations
+
+from itertools import cycle
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from anatomaly.errors import ShapeError
+from anatomaly.methods.nearest import most_similar
+from anatomaly.scoring import surroundings
+from anatomaly.types import Comparison
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from anatomaly.backbones.teacher import Teacher
+    from anatomaly.types import Features
+
+#: Levels of which the teacher's own nearest patches count as well, beside the student's.
+_PLAIN_LEVELS = 3
+#: Scalars are kept at a tenth of their size, so that Adam's one learning rate moves them ten times as fast as the maps.
+_SCALAR = 10.0
+_TEMPERATURE, _LOCALITY, _SURROUND, _DEEP_SURROUND, _GAIN, _BIAS = 0.03, -3.0, 0.8, 0.05, 2.5, -3.0
+#: What the student's deepest level counts more than it learned: disease is often larger than a pasted lesion.
+_DEEP = 2.0
+#: In the loss: weight of a lesion's cells, and share of the cells that make an image's score.
+_LESION_WEIGHT, _TOP = 4.0, 0.05
+
+
+class PatchAttention(nn.Module):
+    """Attention over support patches; follows `types.Method`.
+
+    Args:
+        teacher: Frozen backbone with four levels.  The first is averaged to the grid of the second.
+    """
+
+    needs_support = True
+    learns_from_lesions = True
+
+    def __init__(self, teacher: Teacher) -> None:
+        super().__init__()
+        self._teacher = [teacher]
+        levels = len(teacher.channels)
+        self.readings = nn.ParameterList([nn.Parameter(torch.eye(channels)) for channels in teacher.channels])
+        self.temperature = _scalars(np.log(_TEMPERATURE), levels)
+        self.locality = _scalars(_LOCALITY, levels)
+        self.scale = _scalars(0.0, levels)
+        surround = torch.tensor([_SURROUND] * (levels - 1) + [_DEEP_SURROUND])
+        self.surround = nn.Parameter(torch.logit(surround) / _SCALAR)
+        self.gain = _scalars(_GAIN, 1)
+        self.bias = _scalars(_BIAS, 1)
+
+    @property
+    def teacher(self) -> Teacher:
+        """The frozen backbone."""
+        return self._teacher[0]
+
+    @property
+    def teachers(self) -> dict[str, Teacher]:
+        """The frozen backbone under the name `extract` uses."""
+        return {"teacher": self.teacher}
+
+    def extract(self, images: Tensor) -> Features:
+        """Teacher pyramid of (B, 3, H, W) images in [0, 1]."""
+        return {"teacher": self.teacher(images)}
+
+    def extract_support(self, images: Tensor) -> Features:
+        """Teacher pyramids of (K, 3, H, W) supports and of their mirror images (left and right exchanged)."""
+        return {"teacher": self.teacher(images), "mirrored": self.teacher(images.flip(-1))}
+
+    def encode(self, features: Features) -> list[Tensor]:
+        """Unit-length patches: the student's reading of all levels, then the teacher's own of the first three."""
+        first, *deeper = (level.float() for level in features["teacher"])
+        h, w = deeper[0].shape[-2:]
+        levels = [F.adaptive_avg_pool2d(first, (h, w)), *deeper]
+        pairs = zip(self.readings, levels, strict=True)
+        read = [torch.einsum("dc,bchw->bdhw", reading, level) for reading, level in pairs]
+        return [F.normalize(level, dim=1) for level in (*read, *levels[:_PLAIN_LEVELS])]
+
+    def embed_support(self, features: Features) -> dict[str, Tensor]:
+        """What `encode` says of K supports, as "patches_i", each (K, views, h, w, C).
+
+        The views are the image and, where `features` has it, its mirror image.
+        """
+        views = [self.encode({"teacher": features[view]}) for view in ("teacher", "mirrored") if view in features]
+        return {
+            f"patches_{i}": torch.stack(levels, dim=1).permute(0, 1, 3, 4, 2).contiguous()
+            for i, levels in enumerate(zip(*views, strict=True))
+        }
+
+    def compare(self, encoded: Sequence[Tensor], support: Mapping[str, Tensor]) -> list[Comparison]:
+        """Pair every query patch with what the supports make of it.
+
+        Args:
+            encoded: What `encode` returned, each (B, C, h, w).
+            support: What `embed_support` returned.
+
+        Returns:
+            One comparison per tensor of `encoded`; the (B, K) weights are the supports' shares of the rebuilt patches.
+
+        Raises:
+            ShapeError: Query and support have other feature sizes.
+        """
+        comparisons = []
+        for i, level in enumerate(encoded):
+            bank = support[f"patches_{i}"]
+            if level.shape[1:] != bank.movedim(-1, 2).shape[2:]:
+                raise ShapeError(
+                    f"PatchAttention.compare: level {i + 1} of the query is {tuple(level.shape)}, the support bank "
+                    f"holds {tuple(bank.shape)}; C, h and w must match. Make the bank anew with this model and size."
+                )
+            patches, places = bank.float().flatten(0, 3), _places(level)
+            targets, weights = [], []
+            for one in level.float():  # one image at a time bounds memory
+                target, share = self._rebuild(i, one.flatten(1).T, patches, places)
+                targets.append(target.T.reshape(one.shape))
+                weights.append(share.reshape(len(bank), -1).sum(dim=1) / len(places))
+            comparisons.append(
+                Comparison(
+                    level,
+                    torch.stack(targets),
+                    torch.stack(weights),
+                    scale=self._scale(i),
+                    surround=float(self._surround()[i % len(self.readings)]),
+                )
+            )
+        return comparisons
+
+    def training_loss(self, query: Features, support: Features) -> dict[str, Tensor]:
+        """Find the pasted lesions in B images of one task.
+
+        Args:
+            query: "teacher" and "pasted", the teacher's levels (B, C, h, w) of the images without and with a lesion,
+                and "mask", one (B, H, W) tensor, non-zero on the lesions.
+            support: "teacher", the levels (B, K, C, h, w) of K other images for each of them.
+
+        Returns:
+            Scalars "total", "cells" (cross-entropy per cell of the map: lesion or not) and "images" (every image with a
+            lesion is to score higher than every one without).
+        """
+        both = [torch.cat(pair) for pair in zip(query["pasted"], query["teacher"], strict=True)]
+        with torch.autocast(both[0].device.type, enabled=False):  # logits of some tens need all their digits
+            maps = self._student_maps(both, support["teacher"])
+        h, w = maps.shape[1:]
+        mask = F.adaptive_avg_pool2d(query["mask"][0][:, None].float(), (h, w))[:, 0]
+        truth = torch.cat([mask, torch.zeros_like(mask)])
+        gain, weight = torch.exp(_SCALAR * self.gain), maps.new_tensor(_LESION_WEIGHT)
+        cells = F.binary_cross_entropy_with_logits(gain * maps + _SCALAR * self.bias, truth, pos_weight=weight)
+        count = max(1, round(_TOP * maps[0].numel()))
+        top = maps.flatten(1).topk(count, dim=1).values.mean(dim=1)
+        high, low = top.chunk(2)
+        images = F.softplus(-gain * (high[:, None] - low[None, :])).mean()
+        return {"total": cells + images, "cells": cells, "images": images}
+
+    def _student_maps(self, query: Sequence[Tensor], support: Sequence[Tensor]) -> Tensor:
+        """The student's part of the map, on the grid of the second level: (n * B, h, w) of n B queries and B supports.
+
+        The teacher's own distances are left out: beside them the student would only learn what they lack.
+        """
+        encoded, surround = self.encode({"teacher": query}), self._surround()
+        banks = [self.embed_support({"teacher": [level[b] for level in support]}) for b in range(len(support[0]))]
+        total = torch.zeros_like(encoded[1][:, 0])
+        for i, level in enumerate(encoded[: len(self.readings)]):
+            pairs = zip(level, cycle(banks))
+            distance = torch.stack([self._distance(i, one, bank[f"patches_{i}"]) for one, bank in pairs])
+            distance = torch.exp(_SCALAR * self.scale[i]) * (distance - surround[i] * surroundings(distance))
+            size = tuple(total.shape[1:])
+            total = total + F.interpolate(distance[:, None], size, mode="bilinear", align_corners=True)[:, 0]
+        return total
+
+    def _distance(self, i: int, query: Tensor, bank: Tensor) -> Tensor:
+        """1 - cosine between a query (C, h, w) and what the bank (K, views, h, w, C) makes of it: (h, w)."""
+        rows = query.flatten(1).T
+        target, _ = self._rebuild(i, rows, bank.flatten(0, 3), _places(query))
+        return (1.0 - F.cosine_similarity(rows, target, dim=1)).reshape(query.shape[1:])
+
+    def _scale(self, i: int) -> float:
+        """What the i-th of `encode`'s tensors counts in the map."""
+        if i >= len(self.readings):
+            return 1.0
+        return (_DEEP if i == len(self.readings) - 1 else 1.0) * float(torch.exp(_SCALAR * self.scale[i]))
+
+    def _surround(self) -> Tensor:
+        return torch.sigmoid(_SCALAR * self.surround)
+
+    def _rebuild(self, i: int, rows: Tensor, patches: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Rebuild patches from those of the supports: by attention (student) or the most similar one (teacher).
+
+        The attention's logits are (similarity - pull * squared distance of the places) / temperature.  The distance is
+        multiplied out, |p|^2 - 2pq + |q|^2, and its first term, the same for a whole row, left out: one product of
+        matrices does it all.
+
+        Args:
+            i: Which of `encode`'s tensors the rows are of.
+            rows: (n * h * w, C), unit length.
+            patches: (m * h * w, C), unit length.
+            places: (h * w, 2), centres of the cells; the image's sides are 1.
+
+        Returns:
+            (n * h * w, C) and how many of the rows, in all, every patch stands for, (m * h * w,).
+        """
+        if i >= len(self.readings):
+            nearest = most_similar(rows, patches)
+            return patches[nearest], torch.bincount(nearest, minlength=len(patches))
+        pull = F.softplus(_SCALAR * self.locality[i])
+        here, there = places.repeat(len(rows) // len(places), 1), places.repeat(len(patches) // len(places), 1)
+        query = torch.cat([rows, 2.0 * pull * here, -pull.expand(len(rows), 1)], dim=1)
+        key = torch.cat([patches, there, there.square().sum(dim=1, keepdim=True)], dim=1)
+        attention = torch.softmax((query / torch.exp(_SCALAR * self.temperature[i])) @ key.T, dim=1)
+        return attention @ patches, attention.sum(dim=0)
+
+
+def _places(level: Tensor) -> Tensor:
+    """Centres of the cells of (..., h, w), row by row: (h * w, 2)."""
+    h, w = level.shape[-2:]
+    y, x = (torch.arange(h, device=level.device) + 0.5) / h, (torch.arange(w, device=level.device) + 0.5) / w
+    return torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).reshape(-1, 2)
+
+
+def _scalars(value: float, count: int) -> nn.Parameter:
+    return nn.Parameter(torch.full((count,), float(value) / _SCALAR))
