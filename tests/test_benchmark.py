@@ -421,6 +421,17 @@ def test_the_floor_is_a_peer_like_any_other(phantom, tmp_path):
     assert {cell.entry for cell in read_cells(cell.folder(tmp_path) for cell in whole.cells())} == {"nearest", "knn"}
 
 
+def test_attention_is_a_one_class_method_too(phantom, tmp_path):
+    untrained = replace(BASE, method=MethodConfig(name="attention"), training=replace(BASE.training, epochs=0))
+    entries = [Entry("attention", untrained, images=3), NEAREST]
+    whole = Grid(phantom, "one_class", entries, [BASE.teacher], tasks=("head_ct",), seeds=(0,))
+    assert run_grid(whole, tmp_path) == []
+    found = {cell.entry: cell for cell in read_cells(cell.folder(tmp_path) for cell in whole.cells())}
+    (model,) = (tmp_path / "models").rglob("config.json")
+    assert json.loads(model.read_text(encoding="utf-8"))["training"]["tasks"] == ["head_ct"]
+    assert set(found) == {"attention", "nearest"}
+
+
 def test_tasks_that_cannot_be_judged_are_refused_at_once(phantom):
     with pytest.raises(ManifestError, match="no task 'liver'"):
         grid(phantom, tasks=("liver",))
