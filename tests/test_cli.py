@@ -555,13 +555,19 @@ def test_the_demo_runs_from_images_to_report_once(run, refused, tmp_path, monkey
     monkeypatch.setattr(demo, "write_benchmark", few)
     monkeypatch.setattr(demo, "_SHOTS", (1, 2))
     monkeypatch.setattr("anatomaly.evaluation.bootstrap", partial(bootstrap, samples=10))
-    monkeypatch.setattr(demo, "_TRAINING", replace(demo._TRAINING, epochs=1))
+    monkeypatch.setattr(demo, "_D24FAD", replace(demo._D24FAD, epochs=1))
+    ours = demo.load_preset()
+    short = replace(ours, training=replace(ours.training, epochs=1, shots=2))
+    monkeypatch.setattr(demo, "load_preset", lambda: short)
+    monkeypatch.setattr("anatomaly.data.lesion_episodes.STEPS", 2)
     code, out, _ = run("demo", "--out", tmp_path / "demo")
     assert code == 0
     assert out.endswith(f"Report: {tmp_path / 'demo/report.html'}\n")
     assert all(name in out for name in ("D24FAD", "patch attention", "patch nearest neighbours"))
     assert "A task nobody trained on" in (tmp_path / "demo/report.html").read_text()
-    assert "head_ct" not in json.loads((tmp_path / "demo/models/D24FAD/config.json").read_text())["training"]["tasks"]
+    for model in ("D24FAD", "patch_attention"):
+        config = json.loads((tmp_path / f"demo/models/{model}/config.json").read_text())
+        assert "head_ct" not in config["training"]["tasks"]
     assert "report.html: already exists" in refused("demo", "--out", tmp_path / "demo")
 
 
