@@ -623,6 +623,11 @@ def test_built_in_tasks_are_added_to_other_data_but_not_to_built_in_ones(scans, 
         assert sizes == [6, 6, *[synthetic] * more]
         assert sorted(index for members in loader.dataset.members for index in members) == list(range(sum(sizes)))
         assert len(rows) == 12
+        config = settings(shots=2, synthetic=synthetic)
+        facts = training._facts(method, config, manifest, manifest)["training"]
+        assert facts["synthetic"] == (synthetic if more else 0), "what a bundle says is what was trained on"
+    other = training._facts(build_method("d24fad", lite0), settings(synthetic=9), elsewhere, elsewhere)
+    assert other["training"]["synthetic"] == 0
 
 
 def test_images_and_features_of_a_number_belong_together(elsewhere, lite0):

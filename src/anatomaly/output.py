@@ -201,7 +201,8 @@ def _remarks(
 
 def _about(detector: Detector, task: str) -> dict[str, str]:
     """The facts of the model that a reader of the report may need."""
-    preprocessing = detector.preprocessing
+    preprocessing, scoring = detector.preprocessing, detector.scoring
+    pooled = f"mean of the highest {100 * scoring.top_fraction:g} %" if scoring.pooling == "topk" else scoring.pooling
     training = detector.facts.get("training", {})
     about = {
         "Method": detector.facts["method"]["name"],
@@ -209,10 +210,11 @@ def _about(detector: Detector, task: str) -> dict[str, str]:
         "Model": detector.model_hash[:12],
         "Task": task,
         "Input": f"{preprocessing.size[0]} x {preprocessing.size[1]} pixels, {preprocessing.resize}",
-        "Score": f"{detector.scoring.pooling} of the map, Gaussian blur {detector.scoring.blur:g} pixels",
+        "Score": f"{pooled} of the map, Gaussian blur {scoring.blur:g} pixels",
     }
     if "best_epoch" in training:
-        about["Trained on"] = f"{training['images']} normal images of {', '.join(training['tasks'])}"
+        more = f" and {training['synthetic']} drawn ones of each built-in task" if training.get("synthetic") else ""
+        about["Trained on"] = f"{training['images']} normal images of {', '.join(training['tasks'])}{more}"
     return about
 
 

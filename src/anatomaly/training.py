@@ -37,7 +37,7 @@ from anatomaly.results import output_error, scale_from_normals, write_whole
 from anatomaly.validation import VALIDATION_IMAGES, Preparation, Validation
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
     from torch import Tensor
@@ -291,8 +291,7 @@ def _lesion_loader(
     settings: TrainingConfig,
 ) -> DataLoader[Batch]:
     """Batches with pasted lesions: of the training rows and, unless these are built-in images too, of built-in ones."""
-    drawn = any(is_drawn(file) for file in {row.task: row.path for row in rows}.values())
-    more, synthetic = synthetic_images(0 if drawn else settings.synthetic, prepare.preprocessing.size)
+    more, synthetic = synthetic_images(_synthetic(method, rows, settings), prepare.preprocessing.size)
     with torch.inference_mode():
         batches = [
             method.extract(images.to(prepare.device))["teacher"] for images in torch.split(synthetic, _READ_BATCH)
@@ -319,6 +318,12 @@ def _lesion_loader(
         seed=settings.seed,
     )
     return DataLoader(episodes, batch_size=None, sampler=StepSampler())
+
+
+def _synthetic(method: AnyMethod, rows: Iterable[Sample], settings: TrainingConfig) -> int:
+    """Images of each built-in task that join the training: none where the rows are built-in images themselves."""
+    drawn = any(is_drawn(file) for file in {row.task: row.path for row in rows}.values())
+    return settings.synthetic if method.learns_from_lesions and not drawn else 0
 
 
 def _source(
@@ -359,6 +364,7 @@ def _facts(method: AnyMethod, config: FitConfig, manifest: Manifest, train: Mani
         **{role: teacher.facts() for role, teacher in zip(TEACHERS, method.teachers.values(), strict=False)},
         "training": {
             **asdict(config.training),
+            "synthetic": _synthetic(method, train, config.training),
             "tasks": list(train.tasks),
             "images": len(train),
             "manifest": manifest.fingerprint(),
