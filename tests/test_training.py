@@ -120,6 +120,21 @@ class Killed(BaseException):
     """Like a kill signal: no handler of ours expects it."""
 
 
+def fit_until_killed(manifest, out, config, monkeypatch):
+    """Killed in epoch 1, after it is noted in the progress and before it is saved."""
+    on_train_epoch_end = StudentTraining.on_train_epoch_end
+
+    def killed_in_epoch_1(self):
+        on_train_epoch_end(self)
+        if self.current_epoch == 1:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StudentTraining, "on_train_epoch_end", killed_in_epoch_1)
+        with pytest.raises(Killed):
+            fit(manifest, out, config)
+
+
 @pytest.mark.parametrize(("noted", "signal"), [(True, Killed), (False, KeyboardInterrupt)])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     finished, scans, tmp_path, monkeypatch, one_teacher, noted, signal
@@ -477,17 +492,7 @@ def test_a_killed_run_of_pdd_goes_on_with_its_rate_and_to_the_bit(
     whole = fit(scans, tmp_path / "whole", config)
     expected = {epoch: [pytest.approx(cosine_rate(epoch, start=1e-3, period=2))] for epoch in range(3)}
     assert {epoch: list(each) for epoch, each in rates.items()} == expected
-    on_train_epoch_end = StudentTraining.on_train_epoch_end
-
-    def killed_in_epoch_1(self):
-        on_train_epoch_end(self)
-        if self.current_epoch == 1:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(StudentTraining, "on_train_epoch_end", killed_in_epoch_1)
-        with pytest.raises(Killed):
-            fit(scans, tmp_path / "model", config)
+    fit_until_killed(scans, tmp_path / "model", config, monkeypatch)
     rates.clear()
     resumed = fit(scans, tmp_path / "model", config)
     assert {epoch: list(each) for epoch, each in rates.items()} == {epoch: expected[epoch] for epoch in (1, 2)}
@@ -578,17 +583,7 @@ def test_a_killed_run_of_attention_goes_on_to_the_same_weights_and_scores(
 ):
     config = replace(settings(epochs=3, synthetic=3), method=ATTENTION)
     whole = fit(elsewhere, tmp_path / "whole", config)
-    on_train_epoch_end = StudentTraining.on_train_epoch_end
-
-    def killed_in_epoch_1(self):
-        on_train_epoch_end(self)
-        if self.current_epoch == 1:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(StudentTraining, "on_train_epoch_end", killed_in_epoch_1)
-        with pytest.raises(Killed):
-            fit(elsewhere, tmp_path / "model", config)
+    fit_until_killed(elsewhere, tmp_path / "model", config, monkeypatch)
     resumed = fit(elsewhere, tmp_path / "model", config)
     assert digest(resumed) == digest(whole)
     assert resumed.facts == whole.facts

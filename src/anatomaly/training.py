@@ -274,10 +274,10 @@ def _loader(
     method: Trainable, rows: Sequence[Sample], prepare: Preparation, settings: TrainingConfig
 ) -> DataLoader[Batch]:
     """Batches of training rows, drawn as the method learns from them."""
-    tasks = [sample.task for sample in rows]
     fetch = _source(method, rows, prepare, settings)
     if method.learns_from_lesions:
         return _lesion_loader(method, rows, fetch, prepare, settings)
+    tasks = [sample.task for sample in rows]
     shots = settings.shots if method.needs_support else 0
     sampler = EpisodeSampler(tasks, shots=shots, resample=settings.resample, seed=settings.seed)
     return DataLoader(Episodes(fetch), batch_size=settings.batch_size, sampler=sampler, collate_fn=as_is)

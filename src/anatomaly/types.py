@@ -263,7 +263,7 @@ class Method(Protocol):
 
     #: Queries are compared with K support images; False for one-class methods, whose supports are empty.
     needs_support: bool
-    #: Training shows it every query twice, as it is and with a pasted lesion; see `data.episodes`.
+    #: Training shows it every query twice, as it is and with a pasted lesion; see `data.lesion_episodes`.
     learns_from_lesions: bool
 
     def extract(self, images: Tensor) -> Features:

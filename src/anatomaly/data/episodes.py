@@ -13,6 +13,8 @@ from torch.utils.data import Dataset, Sampler
 from anatomaly.errors import ConfigError
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from anatomaly.types import Features
 
 
@@ -42,16 +44,7 @@ class EpisodeSampler(Sampler[tuple[int, ...]]):
     """
 
     def __init__(self, tasks: Sequence[str], *, shots: int, resample: bool = True, seed: int = 0) -> None:
-        members: dict[str, list[int]] = defaultdict(list)
-        for index, task in enumerate(tasks):
-            members[task].append(index)
-        for task, indices in members.items():
-            if len(indices) < shots + 1:
-                raise ConfigError(
-                    f"training: task {task!r} has {len(indices)} normal training images, {shots} shots need at least "
-                    f"{shots + 1}. Lower --training.shots or add images."
-                )
-        self.members = {task: np.array(indices) for task, indices in members.items()}
+        self.members = members_of(tasks, shots)
         self.tasks = list(tasks)
         self.shots = shots
         self.resample = resample
@@ -76,6 +69,28 @@ class EpisodeSampler(Sampler[tuple[int, ...]]):
         others = self.members[self.tasks[query]]
         picked = draws.choice(others[others != query], size=self.shots, replace=False)
         return [int(index) for index in picked]
+
+
+def members_of(tasks: Sequence[str], shots: int) -> dict[str, NDArray[np.int64]]:
+    """The training images of every task, by number.
+
+    Args:
+        tasks: Task of every training image.
+        shots: K, supports beside the query.
+
+    Raises:
+        ConfigError: A task has fewer than K + 1 images.
+    """
+    members: dict[str, list[int]] = defaultdict(list)
+    for index, task in enumerate(tasks):
+        members[task].append(index)
+    for task, indices in members.items():
+        if len(indices) < shots + 1:
+            raise ConfigError(
+                f"training: task {task!r} has {len(indices)} normal training images, {shots} shots need at least "
+                f"{shots + 1}. Lower --training.shots or add images."
+            )
+    return {task: np.array(indices) for task, indices in members.items()}
 
 
 class Episodes(Dataset[Batch]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -11,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset, Sampler
 
-from anatomaly.data.episodes import Batch
+from anatomaly.data.episodes import Batch, members_of
 from anatomaly.data.lesions import paste_lesion
 from anatomaly.data.phantom import TASKS, draw
-from anatomaly.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,16 +72,7 @@ class LesionEpisodes(Dataset[Batch]):
         batch_size: int,
         seed: int = 0,
     ) -> None:
-        members: dict[str, list[int]] = defaultdict(list)
-        for index, task in enumerate(tasks):
-            members[task].append(index)
-        for task, indices in members.items():
-            if len(indices) < shots + 1:
-                raise ConfigError(
-                    f"training: task {task!r} has {len(indices)} normal training images, {shots} shots need at least "
-                    f"{shots + 1}. Lower --training.shots or add images."
-                )
-        self.members = [np.array(indices) for indices in members.values()]
+        self.members = list(members_of(tasks, shots).values())
         self.load = load
         self.fetch = fetch
         self.extract = extract
