@@ -17,9 +17,9 @@ from anatomaly.config import FitConfig, MethodConfig, PDDConfig, TeacherConfig, 
 from anatomaly.errors import ConfigError, ManifestError
 from anatomaly.evaluation import evaluate
 from anatomaly.inference import Detector
-from anatomaly.methods import D24FAD, PDD, PatchNearestNeighbours, build_method
+from anatomaly.methods import D24FAD, PDD, PatchAttention, PatchNearestNeighbours, build_method
 from anatomaly.metrics import auroc, bootstrap
-from anatomaly.types import Preprocessing
+from anatomaly.types import Preprocessing, Scoring
 
 BASE = FitConfig(
     global_teacher=TeacherConfig("timm/resnet18", "random"),
@@ -92,6 +92,13 @@ def changed(config, base=BASE):
 
 
 PDD_BASE = replace(BASE, method=MethodConfig("pdd"))
+ATTENTION_BASE = replace(
+    BASE,
+    method=MethodConfig("attention"),
+    scoring=Scoring(pooling="topk"),
+    training=replace(BASE.training, synthetic=2),
+)
+BASES = {"pdd": PDD_BASE, "d24fad": BASE, "attention": ATTENTION_BASE}
 ROWS = {
     "pdd": {
         "one teacher, one student": {
@@ -121,19 +128,30 @@ ROWS = {
         "SSD + TSD + L2W (D24FAD)": {},
         "nearest neighbours, teacher": {"method.name": "nearest"},
     },
+    "attention": {
+        "patch attention": {},
+        "not trained": {"training.epochs": 0},
+        "without synthetic tasks": {"training.synthetic": 0},
+        "without surroundings": {"method.attention.surroundings": False},
+        "without mirrored supports": {"method.attention.mirrored": False},
+        "without the teacher's own levels": {"method.attention.teacher_levels": 0},
+        "deepest level counts once": {"method.attention.deepest": 1.0},
+        "score is the maximum": {"scoring.pooling": "max"},
+        "nearest neighbours, teacher": {"method.name": "nearest"},
+    },
 }
 
 
 @pytest.mark.parametrize("method", ROWS)
 def test_every_row_changes_what_it_says_and_nothing_else(method):
-    base = {"pdd": PDD_BASE, "d24fad": BASE}[method]
+    base = BASES[method]
     assert {name: changed(change(base), base) for name, change in ABLATIONS[method].items()} == ROWS[method]
 
 
-@pytest.mark.parametrize(("method", "kind"), [("pdd", PDD), ("d24fad", D24FAD)])
+@pytest.mark.parametrize(("method", "kind"), [("pdd", PDD), ("d24fad", D24FAD), ("attention", PatchAttention)])
 def test_rows_choose_the_method_whatever_the_base_is(method, kind):
     teachers = [SimpleNamespace(channels=(8, 12, 16, 20), strides=(4, 8, 16, 32), signed=False)] * 2
-    for base in (BASE, PDD_BASE, replace(BASE, method=MethodConfig("nearest"))):
+    for base in (*BASES.values(), replace(BASE, method=MethodConfig("nearest"))):
         for name, change in ABLATIONS[method].items():
             config = change(base)
             built = build_method(
@@ -289,7 +307,7 @@ def test_other_settings_in_the_same_folder_are_refused(finished, phantom, work):
 # --- what is wrong is said before anything is trained ---
 
 
-@pytest.mark.parametrize("method", ["pdd", "d24fad"])
+@pytest.mark.parametrize("method", ABLATIONS)
 def test_an_unknown_row_or_task_is_refused_at_once(method, phantom, tmp_path, work):
     with pytest.raises(ConfigError, match=r"^ablation: unknown row 'PDDD', expected one of .*\.$"):
         run_ablation(phantom, tmp_path / "out", BASE, method=method, rows=["PDDD"])

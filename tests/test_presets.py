@@ -136,8 +136,7 @@ def test_a_preset_holds_the_numbers_of_its_source(name, settings_of):
     assert settings_of(f"--preset={name}") == config
     assert settings_of("--config", preset_file(name)) == config
     assert load_preset(name) == config
-    if name != DEFAULT_PRESET:  # `benchmark ablation` takes the papers' methods apart
-        assert settings_of("--preset", name, command=("benchmark", "ablation", name.split("-")[0])) == config
+    assert settings_of("--preset", name, command=("benchmark", "ablation", name.split("-")[0])) == config
 
 
 def test_fit_has_a_preset_of_its_own_unless_a_file_or_a_method_is_named(settings_of, tmp_path):
@@ -151,6 +150,15 @@ def test_fit_has_a_preset_of_its_own_unless_a_file_or_a_method_is_named(settings
         assert settings_of(flag, file).training.epochs == 2
         assert settings_of(flag, file).method.name == "d24fad"
     assert settings_of(f"--config={file}").training.batch_size == FitConfig().training.batch_size
+
+
+def test_the_ablation_of_the_default_method_starts_from_its_preset(settings_of):
+    words = ("--preset", DEFAULT_PRESET)
+    assert settings_of(command=("benchmark", "ablation", "attention")) == settings_of(*words)
+    assert settings_of(command=("benchmark", "ablation", "d24fad")) == FitConfig()
+    assert settings_of("--method.name", "attention", command=("benchmark", "ablation", "attention")).training == (
+        FitConfig().training
+    )
 
 
 def test_what_comes_later_wins(settings_of, tmp_path):

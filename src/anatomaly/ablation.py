@@ -1,4 +1,4 @@
-"""The papers' ablations as one table: every row trained and judged on every task and seed, resumable at any point."""
+"""A method's ablation as one table: every row trained and judged on every task and seed, resumable at any point."""
 
 from __future__ import annotations
 
@@ -55,6 +55,22 @@ def _reverse_distillation(base: FitConfig) -> FitConfig:
     return replace(_one_student(mpa=False)(base), global_teacher=TeacherConfig("none"))
 
 
+def _attention(**changes: object) -> Callable[[FitConfig], FitConfig]:
+    def change(base: FitConfig) -> FitConfig:
+        attention = replace(base.method.attention, **changes)  # type: ignore[arg-type]
+        return replace(base, method=replace(base.method, name="attention", attention=attention))
+
+    return change
+
+
+def _attention_trained(**changes: object) -> Callable[[FitConfig], FitConfig]:
+    return lambda base: _attention()(replace(base, training=replace(base.training, **changes)))  # type: ignore[arg-type]
+
+
+def _attention_maximum(base: FitConfig) -> FitConfig:
+    return _attention()(replace(base, scoring=replace(base.scoring, pooling="max")))
+
+
 def _nearest(base: FitConfig) -> FitConfig:
     return replace(base, method=MethodConfig(name="nearest"))
 
@@ -82,6 +98,17 @@ ABLATIONS: Mapping[str, Mapping[str, Callable[[FitConfig], FitConfig]]] = {
         "SSD only, equal weights": _d24fad(tsd_weight=0.0, learn_to_weight=False),
         "SSD + TSD, equal weights": _d24fad(learn_to_weight=False),
         "SSD + TSD + L2W (D24FAD)": _d24fad(),
+        "nearest neighbours, teacher": _nearest,
+    },
+    "attention": {
+        "patch attention": _attention(),
+        "not trained": _attention_trained(epochs=0),
+        "without synthetic tasks": _attention_trained(synthetic=0),
+        "without surroundings": _attention(surroundings=False),
+        "without mirrored supports": _attention(mirrored=False),
+        "without the teacher's own levels": _attention(teacher_levels=0),
+        "deepest level counts once": _attention(deepest=1.0),
+        "score is the maximum": _attention_maximum,
         "nearest neighbours, teacher": _nearest,
     },
 }
@@ -115,7 +142,7 @@ def run_ablation(
     out: Path,
     base: FitConfig,
     *,
-    method: Literal["pdd", "d24fad"],
+    method: Literal["pdd", "d24fad", "attention"],
     rows: Sequence[str] = (),
     tasks: Sequence[str] = (),
     seeds: Sequence[int] = (0, 1, 2),
@@ -125,14 +152,14 @@ def run_ablation(
 ) -> list[AblationRow]:
     """Train and judge every row on every task with every seed; cells that are finished in `out` are not redone.
 
-    PDD trains on the task it is judged on (one class); D24FAD trains on all other tasks (leave one task out).  A
+    PDD trains on the task it is judged on (one class); the others train on all other tasks (leave one task out).  A
     nearest-neighbour row gets, beside PDD, `NEIGHBOURS` normal training images, else the same supports.
 
     Args:
-        manifest: Normals in split train, both labels in split test; for D24FAD at least two tasks.
+        manifest: Normals in split train, both labels in split test; for all but PDD at least two tasks.
         out: Folder; a cell's model and figures go to <task>/<row>/seed_<n>, the table to ablation.csv and ablation.md.
         base: Settings that all rows share.
-        method: "pdd" or "d24fad".
+        method: A name in `ABLATIONS`.
         rows: Names in `ABLATIONS[method]`; none takes all.
         tasks: Tasks to judge; none takes all.
         seeds: Of the training.
@@ -168,7 +195,7 @@ def run_ablation(
                 on_cell(f"{task}, {name}, seed {seed}")
                 config = table[name](replace(base, training=replace(base.training, seed=seed)))
                 detector = fit(train, cell, config)
-                supports, drawn = (shots, draws) if method == "d24fad" else (0, 1)
+                supports, drawn = (0, 1) if method == "pdd" else (shots, draws)
                 if method == "pdd" and detector.method.needs_support:
                     supports = min(NEIGHBOURS, supports_at_most(manifest, task))
                 if not _judged(cell, supports, drawn, tests[task]):

@@ -105,6 +105,7 @@ def _with_records(facts: Mapping[str, Any]) -> dict[str, Any]:
             "self_distillation": facts["method"].get("self_distillation", True),
             "learn_to_weight": facts["method"].get("learn_to_weight", True),
             "pdd": dict(facts["method"].get("pdd", {})),
+            "attention": dict(facts["method"].get("attention", {})),
         },
         **{
             role: {key: facts[role][key] for key in ("name", "weights", "normalise", "hash")}

@@ -105,9 +105,10 @@ def _parse(name: str, words: Sequence[str]) -> Namespace:
 
 
 def _with_default(name: str, words: Sequence[str]) -> Sequence[str]:
-    """Give `fit` its preset where neither a preset, a file nor a method is named."""
+    """Give `fit`, and the ablation of the default method, their preset where no preset, file or method is named."""
+    default = name == "fit" or (name == "benchmark ablation" and DEFAULT_PRESET in words)
     named = any(word.partition("=")[0].split(".")[0] in ("--preset", "-c", "--config", "--method") for word in words)
-    return words if name != "fit" or named else ["--preset", DEFAULT_PRESET, *words]
+    return ["--preset", DEFAULT_PRESET, *words] if default and not named else words
 
 
 def _with_presets(words: Sequence[str]) -> list[str]:
@@ -197,7 +198,7 @@ COMMANDS = {
         benchmark.run_grid,
     ),
     "benchmark ablation": Command(
-        "Train and judge a paper's parts one by one, resumable.", benchmark.ablation_arguments, benchmark.run_ablation
+        "Train and judge a method's parts one by one, resumable.", benchmark.ablation_arguments, benchmark.run_ablation
     ),
     "audit": Command(
         "Show the same maps under the sound and the published evaluations.", audit.audit_arguments, audit.run_audit

@@ -83,6 +83,32 @@ class PDDConfig:
 
 
 @dataclass(frozen=True)
+class AttentionConfig:
+    """Parts of patch attention that can be left out, to see what each is worth (docs/better.md).
+
+    Attributes:
+        mirrored: The supports' mirror images (left and right exchanged) are supports too.
+        surroundings: Every place is judged against its surroundings; False takes its distance as it is.
+        teacher_levels: Number of shallow levels of which the teacher's own nearest patches count as well.
+        deepest: What the deepest level counts, times what it learned to count.
+    """
+
+    mirrored: bool = True
+    surroundings: bool = True
+    teacher_levels: int = 3
+    deepest: float = 2.0
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range with a ConfigError."""
+        for name in ("mirrored", "surroundings"):
+            value = getattr(self, name)
+            _check(f"method.attention.{name}", value, isinstance(value, bool), "true or false")
+        levels = self.teacher_levels
+        _check("method.attention.teacher_levels", levels, levels in (0, 1, 2, 3, 4), "0 to 4")
+        _check("method.attention.deepest", self.deepest, 0 <= self.deepest < math.inf, "at least 0")
+
+
+@dataclass(frozen=True)
 class MethodConfig:
     """The method and the choices its paper and release make differently.
 
@@ -94,7 +120,8 @@ class MethodConfig:
         tsd_weight: Weight of the teacher-student loss; the paper's lambda.
         self_distillation: False trains and scores against the teacher alone (an ablation).
         learn_to_weight: False gives all supports the same weight (an ablation).
-        pdd: Of PDD; all before are D24FAD's.
+        pdd: Of PDD.
+        attention: Of patch attention; all before `pdd` are D24FAD's.
     """
 
     name: Literal["attention", "d24fad", "pdd", "nearest"] = "d24fad"
@@ -104,6 +131,7 @@ class MethodConfig:
     self_distillation: bool = True
     learn_to_weight: bool = True
     pdd: PDDConfig = field(default_factory=PDDConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
 
     def __post_init__(self) -> None:
         """Refuse values out of range with a ConfigError."""
@@ -203,7 +231,10 @@ class FitConfig:
 
 
 #: Settings that older runs did not record, by group, with the value that means what those runs did.
-_LATER_SETTINGS: Mapping[str, Mapping[str, object]] = {"training": {"keep_checkpoints": False, "synthetic": 0}}
+_LATER_SETTINGS: Mapping[str, Mapping[str, object]] = {
+    "method": {"attention": {"mirrored": True, "surroundings": True, "teacher_levels": 3, "deepest": 2.0}},
+    "training": {"keep_checkpoints": False, "synthetic": 0},
+}
 
 
 def with_later_settings(recorded: Mapping[str, Any]) -> dict[str, Any]:
@@ -261,7 +292,13 @@ def check_stored(facts: Mapping[str, Any], where: str) -> None:
         FitConfig(
             teacher=teachers["teacher"],
             global_teacher=teachers.get("global_teacher", TeacherConfig("none")),
-            method=MethodConfig(**{**facts["method"], "pdd": PDDConfig(**facts["method"]["pdd"])}),
+            method=MethodConfig(
+                **{
+                    **facts["method"],
+                    "pdd": PDDConfig(**facts["method"]["pdd"]),
+                    "attention": AttentionConfig(**facts["method"]["attention"]),
+                }
+            ),
             preprocessing=facts["preprocessing"],
             task_intensity=facts["task_intensity"],
             scoring=facts["scoring"],

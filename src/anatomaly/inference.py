@@ -420,7 +420,8 @@ def choose_device(device: str) -> str:
 
 def _model_hash(method: AnyMethod, facts: Mapping[str, Any]) -> str:
     """Digest of everything a bank's tensors depend on besides its images: weights, teacher scaling, choices."""
-    own = {key: value for key, value in facts["method"].items() if key != "pdd" or facts["method"]["name"] == "pdd"}
+    others = {"pdd", "attention"} - {facts["method"]["name"]}
+    own = {key: value for key, value in facts["method"].items() if key not in others}
     teachers = ((teacher.name, teacher.normalise, teacher.weights_hash) for teacher in method.teachers.values())
     choices = repr((own, *(fact for teacher in teachers for fact in teacher)))
     return hashlib.sha256((choices + state_digest(method.state_dict())).encode()).hexdigest()

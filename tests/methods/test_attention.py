@@ -20,9 +20,9 @@ TEACHER = SimpleNamespace(channels=(4, 6, 8, 10), strides=(4, 8, 16, 32))
 LEARNED = len(TEACHER.channels)  # the student's levels come first, the teacher's own after them
 
 
-def method(*, seed=None):
+def method(*, seed=None, **parts):
     """As it is built, or with all its parameters moved at random."""
-    model = build_method("attention", TEACHER)
+    model = build_method("attention", TEACHER, attention=parts)
     if seed is not None:
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -130,11 +130,49 @@ def test_the_learned_scalars_say_how_a_level_counts():
     plain = judge(method(), features(1, seed=1), features(2, seed=2))[LEARNED:]
     scales, surrounds = (10 * model.state_dict()[name].double() for name in ("scale", "surround"))
     fixed = [c.scale for c in judge(method(), features(1, seed=1), features(2, seed=2))[:LEARNED]]
-    assert fixed == pytest.approx([1.0] * (LEARNED - 1) + [attention._DEEP])
+    assert fixed == pytest.approx([1.0] * (LEARNED - 1) + [2.0])
     found = [c.scale / factor for c, factor in zip(comparisons, fixed, strict=False)]
     assert found == pytest.approx(scales.exp().tolist(), rel=1e-5)
     assert [c.surround for c in comparisons[:LEARNED]] == pytest.approx(surrounds.sigmoid().tolist(), rel=1e-5)
     assert [c.scale for c in comparisons[LEARNED:]] == [c.scale for c in plain], "the teacher's own is never rescaled"
+
+
+@pytest.mark.parametrize("levels", [0, 1, 3, 4])
+def test_as_many_of_the_teachers_levels_as_wanted_count_beside_the_students(levels):
+    query, support = features(2, seed=1), both_views(2, seed=2)
+    found = judge(method(seed=4, teacher_levels=levels), query, support)
+    assert len(found) == LEARNED + levels
+    for one, other in zip(found, judge(method(seed=4, teacher_levels=4), query, support), strict=False):
+        torch.testing.assert_close(one.target, other.target)
+        assert (one.scale, one.surround) == (other.scale, other.surround)
+
+
+def test_the_deepest_level_counts_what_it_is_told():
+    query, support = features(1, seed=1), features(2, seed=2)
+    once, thrice = (
+        [comparison.scale for comparison in judge(method(seed=4, deepest=factor), query, support)]
+        for factor in (1.0, 3.0)
+    )
+    assert thrice == pytest.approx([*once[: LEARNED - 1], 3 * once[LEARNED - 1], *once[LEARNED:]])
+
+
+def test_without_surroundings_neither_map_nor_training_knows_them():
+    model, (query, support) = method(seed=4, surroundings=False), episodes(seed=3)
+    assert {comparison.surround for comparison in judge(model, features(1, seed=1), features(2, seed=2))} == {0.0}
+    model.training_loss(query, support)["total"].backward()
+    assert not model.surround.grad.any()
+    assert model.scale.grad.abs().min() > 0
+    with torch.no_grad():
+        one, other = (method(seed=4, surroundings=on).training_loss(query, support)["total"] for on in (True, False))
+    assert float(one) != pytest.approx(float(other), rel=1e-3)
+
+
+def test_supports_are_mirrored_unless_told_otherwise(lite0, images):
+    assert list(build_method("attention", lite0).extract_support(images)) == ["teacher", "mirrored"]
+    plain = build_method("attention", lite0, attention={"mirrored": False})
+    assert list(plain.extract_support(images)) == ["teacher"]
+    views = {tensor.shape[1] for tensor in plain.embed_support(plain.extract_support(images)).values()}
+    assert views == {1}
 
 
 def test_it_starts_as_the_teacher_with_the_values_of_the_source():

@@ -181,7 +181,7 @@ def ablation_arguments(parser: ArgumentParser) -> None:
     """Options of `benchmark ablation`."""
     from anatomaly.config import FitConfig
 
-    parser.add_argument("paper", type=Literal["pdd", "d24fad"], help="Whose ablation.")
+    parser.add_argument("whose", type=Literal["pdd", "d24fad", "attention"], help="Whose ablation.")
     parser.add_argument("--data", type=str, required=True, help="Folder or manifest: normals in train, a test split.")
     parser.add_argument("--out", type=str, required=True, help="Folder; finished cells in it are not redone.")
     parser.add_argument("--tasks", type=list[str], default=[], help="Tasks to judge; default all in the data.")
@@ -206,7 +206,7 @@ def run_ablation(options: Namespace) -> int:
         load_manifest(Path(options.data)),
         Path(options.out),
         FitConfig(**{field.name: options[field.name] for field in fields(FitConfig)}),
-        method=options.paper,
+        method=options.whose,
         rows=options.rows,
         tasks=options.tasks,
         seeds=options.seeds,
@@ -216,7 +216,7 @@ def run_ablation(options: Namespace) -> int:
     )
     columns, cells = ablation.table_of(results)
     over = f"mean ± sd over {len(options.seeds)} seeds (95 % interval over test images)"
-    table = Table(title=f"{options.paper}: image AUROC, {over}", title_justify="left")
+    table = Table(title=f"{options.whose}: image AUROC, {over}", title_justify="left")
     for column in columns:
         table.add_column(column)
     for row in cells:

@@ -50,6 +50,7 @@ def build_method(
     self_distillation: bool = True,
     learn_to_weight: bool = True,
     pdd: Mapping[str, Any] | None = None,
+    attention: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> AnyMethod:
     """Build a method with freshly initialised weights.
@@ -63,6 +64,7 @@ def build_method(
         self_distillation: Of D24FAD; an ablation.
         learn_to_weight: Of D24FAD; an ablation.
         pdd: Arguments of `PDD`, by name.
+        attention: Arguments of `PatchAttention`, by name.
         seed: Of the initial weights; the global random state is left alone.
 
     Raises:
@@ -74,7 +76,7 @@ def build_method(
         if name == "nearest":
             return PatchNearestNeighbours(teacher)
         if name == "attention":
-            return PatchAttention(teacher)
+            return PatchAttention(teacher, **(attention or {}))
         if name == "d24fad":
             return D24FAD(
                 teacher,

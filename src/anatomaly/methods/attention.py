@@ -31,13 +31,9 @@ if TYPE_CHECKING:
     from anatomaly.backbones.teacher import Teacher
     from anatomaly.types import Features
 
-#: Levels of which the teacher's own nearest patches count as well, beside the student's.
-_PLAIN_LEVELS = 3
 #: Scalars are kept at a tenth of their size, so that Adam's one learning rate moves them ten times as fast as the maps.
 _SCALAR = 10.0
 _TEMPERATURE, _LOCALITY, _SURROUND, _DEEP_SURROUND, _GAIN, _BIAS = 0.03, -3.0, 0.8, 0.05, 2.5, -3.0
-#: What the student's deepest level counts more than it learned: disease is often larger than a pasted lesion.
-_DEEP = 2.0
 #: In the loss: weight of a lesion's cells, and share of the cells that make an image's score.
 _LESION_WEIGHT, _TOP = 4.0, 0.05
 
@@ -47,14 +43,29 @@ class PatchAttention(nn.Module):
 
     Args:
         teacher: Frozen backbone with four levels.  The first is averaged to the grid of the second.
+        mirrored: The supports' mirror images are supports too.
+        surroundings: Every place is judged against its surroundings.
+        teacher_levels: Number of shallow levels of which the teacher's own nearest patches count beside the student's.
+        deepest: What the student's deepest level counts, times what it learned: disease is often larger than a
+            pasted lesion.
     """
 
     needs_support = True
     learns_from_lesions = True
 
-    def __init__(self, teacher: Teacher) -> None:
+    def __init__(
+        self,
+        teacher: Teacher,
+        *,
+        mirrored: bool = True,
+        surroundings: bool = True,
+        teacher_levels: int = 3,
+        deepest: float = 2.0,
+    ) -> None:
         super().__init__()
         self._teacher = [teacher]
+        self._mirrored, self._surroundings = mirrored, surroundings
+        self._teacher_levels, self._deepest = teacher_levels, deepest
         levels = len(teacher.channels)
         self.readings = nn.ParameterList([nn.Parameter(torch.eye(channels)) for channels in teacher.channels])
         self.temperature = _scalars(np.log(_TEMPERATURE), levels)
@@ -80,17 +91,18 @@ class PatchAttention(nn.Module):
         return {"teacher": self.teacher(images)}
 
     def extract_support(self, images: Tensor) -> Features:
-        """Teacher pyramids of (K, 3, H, W) supports and of their mirror images (left and right exchanged)."""
-        return {"teacher": self.teacher(images), "mirrored": self.teacher(images.flip(-1))}
+        """Teacher pyramids of (K, 3, H, W) supports and, if wanted, of their mirror images, left for right."""
+        features: Features = {"teacher": self.teacher(images)}
+        return {**features, "mirrored": self.teacher(images.flip(-1))} if self._mirrored else features
 
     def encode(self, features: Features) -> list[Tensor]:
-        """Unit-length patches: the student's reading of all levels, then the teacher's own of the first three."""
+        """Unit-length patches: the student's reading of all levels, then the teacher's own of the shallow ones."""
         first, *deeper = (level.float() for level in features["teacher"])
         h, w = deeper[0].shape[-2:]
         levels = [F.adaptive_avg_pool2d(first, (h, w)), *deeper]
         pairs = zip(self.readings, levels, strict=True)
         read = [torch.einsum("dc,bchw->bdhw", reading, level) for reading, level in pairs]
-        return [F.normalize(level, dim=1) for level in (*read, *levels[:_PLAIN_LEVELS])]
+        return [F.normalize(level, dim=1) for level in (*read, *levels[: self._teacher_levels])]
 
     def embed_support(self, features: Features) -> dict[str, Tensor]:
         """What `encode` says of K supports, as "patches_i", each (K, views, h, w, C).
@@ -193,10 +205,11 @@ class PatchAttention(nn.Module):
         """What the i-th of `encode`'s tensors counts in the map."""
         if i >= len(self.readings):
             return 1.0
-        return (_DEEP if i == len(self.readings) - 1 else 1.0) * float(torch.exp(_SCALAR * self.scale[i]))
+        return (self._deepest if i == len(self.readings) - 1 else 1.0) * float(torch.exp(_SCALAR * self.scale[i]))
 
     def _surround(self) -> Tensor:
-        return torch.sigmoid(_SCALAR * self.surround)
+        """What the surroundings of each level count, from 0 to 1."""
+        return float(self._surroundings) * torch.sigmoid(_SCALAR * self.surround)
 
     def _rebuild(self, i: int, rows: Tensor, patches: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         """Rebuild patches from those of the supports: by attention (student) or the most similar one (teacher).
