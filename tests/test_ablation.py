@@ -134,6 +134,7 @@ ROWS = {
         "without synthetic tasks": {"training.synthetic": 0},
         "without surroundings": {"method.attention.surroundings": False},
         "without mirrored supports": {"method.attention.mirrored": False},
+        "without resized supports": {"method.attention.resized": False},
         "without the teacher's own levels": {"method.attention.teacher_levels": 0},
         "deepest level counts once": {"method.attention.deepest": 1.0},
         "score is the maximum": {"scoring.pooling": "max"},

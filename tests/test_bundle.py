@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from anatomaly.backbones import build_backbone
 from anatomaly.bundle import load_bank, save_bank
-from anatomaly.config import MethodConfig
+from anatomaly.config import AttentionConfig, MethodConfig
 from anatomaly.errors import NotReadyError, OutputError, WeightsError
 from anatomaly.inference import Detector
 from anatomaly.methods import build_method
@@ -302,7 +302,7 @@ def test_a_bundle_that_lost_a_teachers_file_names_the_file(lite0, own_teacher, t
 
 def test_a_bundle_older_than_some_settings_still_loads(bundle, make_detector, phantom):
     facts = json.loads((bundle / "config.json").read_text())
-    for key in ("pdd", "self_distillation", "learn_to_weight"):
+    for key in ("pdd", "attention", "self_distillation", "learn_to_weight"):
         del facts["method"][key]
     (bundle / "config.json").write_text(json.dumps(facts))
     loaded, detector = Detector.load(bundle, device="cpu"), make_detector()
@@ -310,6 +310,42 @@ def test_a_bundle_older_than_some_settings_still_loads(bundle, make_detector, ph
     assert [one.score for one in judge(loaded, phantom)] == [one.score for one in judge(detector, phantom)]
     loaded.save(bundle)  # with all settings
     assert Detector.load(bundle, device="cpu").model_hash == detector.model_hash
+
+
+def attentive(teacher, **parts):
+    """A detector of patch attention with some parts left out."""
+    method = MethodConfig("attention", attention=AttentionConfig(**parts))
+    return Detector(
+        build_method(teachers=teacher, **asdict(method)),
+        preprocessing=Preprocessing((64, 64)),
+        scoring=Scoring(),
+        facts={"method": asdict(method), "teacher": teacher.facts()},
+        device="cpu",
+    )
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [{}, {"mirrored": False}, {"resized": False}, {"surroundings": False}, {"teacher_levels": 1}, {"deepest": 1.0}],
+)
+def test_a_bundle_remembers_what_was_left_out(parts, lite0, tmp_path, phantom):
+    detector = attentive(lite0, **parts)
+    detector.save(tmp_path)
+    loaded = Detector.load(tmp_path, device="cpu")
+    assert loaded.model_hash == detector.model_hash
+    assert (loaded.model_hash == attentive(lite0).model_hash) == (not parts)
+    scores = [[one.score for one in judge(each, phantom)] for each in (detector, loaded, attentive(lite0))]
+    assert scores[0] == scores[1]
+    assert (scores[0] == scores[2]) == (not parts)
+
+
+def test_a_bundle_with_impossible_parts_is_refused(lite0, tmp_path):
+    attentive(lite0).save(tmp_path)
+    facts = json.loads((tmp_path / "config.json").read_text())
+    facts["method"]["attention"]["teacher_levels"] = 9
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    with pytest.raises(NotReadyError, match=r"is damaged \(method\.attention\.teacher_levels: got 9, expected 0 to 4"):
+        Detector.load(tmp_path)
 
 
 def a_bank():

@@ -1,11 +1,13 @@
 """Settings out of range are refused when the record is made, whoever makes it."""
 
 import math
+from dataclasses import asdict
 
 import pytest
 
 from anatomaly.cli import main
 from anatomaly.config import (
+    AttentionConfig,
     FitConfig,
     MethodConfig,
     TeacherConfig,
@@ -49,6 +51,24 @@ def test_training_settings_out_of_range_are_refused_by_name(name, values):
     for value in values:
         with pytest.raises(ConfigError, match=rf"^training\.{name}: got {value}, expected "):
             TrainingConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("mirrored", [1, "yes"]),
+        ("resized", [0]),
+        ("surroundings", [None]),
+        ("teacher_levels", [-1, 5, 1.5]),
+        ("deepest", [-0.5, math.nan, math.inf]),
+    ],
+)
+def test_parts_of_attention_out_of_range_are_refused_by_name(name, values):
+    AttentionConfig(teacher_levels=0, deepest=0.0)
+    AttentionConfig(teacher_levels=4)
+    for value in values:
+        with pytest.raises(ConfigError, match=rf"^method\.attention\.{name}: got {value}, expected "):
+            AttentionConfig(**{name: value})
 
 
 @pytest.mark.parametrize(
@@ -119,6 +139,12 @@ def test_a_recorded_run_gets_the_settings_that_came_later():
     defaults = TrainingConfig()
     assert {name: getattr(defaults, name) for name in later} == later, "today's defaults do what those runs did"
     assert with_later_settings({}) == {}
+    assert with_later_settings({"method": {"name": "nearest"}})["method"] == {
+        "name": "nearest",
+        "attention": asdict(AttentionConfig()),
+    }
+    own = {"method": {"name": "attention", "attention": {"mirrored": False}}}
+    assert with_later_settings(own) == own
 
 
 def test_the_preset_of_attention_is_a_valid_setting(monkeypatch, phantom):

@@ -106,6 +106,7 @@ ABLATIONS: Mapping[str, Mapping[str, Callable[[FitConfig], FitConfig]]] = {
         "without synthetic tasks": _attention_trained(synthetic=0),
         "without surroundings": _attention(surroundings=False),
         "without mirrored supports": _attention(mirrored=False),
+        "without resized supports": _attention(resized=False),
         "without the teacher's own levels": _attention(teacher_levels=0),
         "deepest level counts once": _attention(deepest=1.0),
         "score is the maximum": _attention_maximum,

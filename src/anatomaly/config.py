@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 from anatomaly.errors import ConfigError, NotReadyError
@@ -88,19 +88,21 @@ class AttentionConfig:
 
     Attributes:
         mirrored: The supports' mirror images (left and right exchanged) are supports too.
+        resized: The supports a tenth larger and a tenth smaller are supports too.
         surroundings: Every place is judged against its surroundings; False takes its distance as it is.
         teacher_levels: Number of shallow levels of which the teacher's own nearest patches count as well.
         deepest: What the deepest level counts, times what it learned to count.
     """
 
     mirrored: bool = True
+    resized: bool = True
     surroundings: bool = True
     teacher_levels: int = 3
     deepest: float = 2.0
 
     def __post_init__(self) -> None:
         """Refuse values out of range with a ConfigError."""
-        for name in ("mirrored", "surroundings"):
+        for name in ("mirrored", "resized", "surroundings"):
             value = getattr(self, name)
             _check(f"method.attention.{name}", value, isinstance(value, bool), "true or false")
         levels = self.teacher_levels
@@ -230,13 +232,6 @@ class FitConfig:
             check_intensity(intensity, f"task_intensity.{task}")
 
 
-#: Settings that older runs did not record, by group, with the value that means what those runs did.
-_LATER_SETTINGS: Mapping[str, Mapping[str, object]] = {
-    "method": {"attention": {"mirrored": True, "surroundings": True, "teacher_levels": 3, "deepest": 2.0}},
-    "training": {"keep_checkpoints": False, "synthetic": 0},
-}
-
-
 def with_later_settings(recorded: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a recorded run as this version would have recorded them.
 
@@ -246,9 +241,13 @@ def with_later_settings(recorded: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         A copy with the settings it lacks; a setting whose default changed what a run does is never filled in.
     """
+    later_settings: Mapping[str, Mapping[str, object]] = {
+        "method": {"attention": asdict(AttentionConfig())},  # no run is older than these and of that method
+        "training": {"keep_checkpoints": False, "synthetic": 0},
+    }
     filled = {
         group: {**later, **recorded[group]}
-        for group, later in _LATER_SETTINGS.items()
+        for group, later in later_settings.items()
         if isinstance(recorded.get(group), dict)
     }
     return {**recorded, **filled}

@@ -41,11 +41,14 @@ def anomaly_map(comparisons: Sequence[Comparison], size: tuple[int, int]) -> Ten
     if not comparisons:
         raise ValueError("anomaly_map: got an empty sequence, expected at least one Comparison.")
     total = comparisons[0].student.new_zeros(len(comparisons[0].student), *size, dtype=torch.float32)
+    judged = torch.zeros_like(total)  # what counts by how much it exceeds its surroundings
     for student, target, _, scale, surround in comparisons:
         distance = 1.0 - F.cosine_similarity(student.float(), target.float(), dim=1)  # (B, h, w)
         level = F.interpolate(distance[:, None], size, mode="bilinear", align_corners=True)[:, 0]
-        total += scale * (level - surround * surroundings(level)) if surround else scale * level
-    return total
+        total += scale * level
+        if surround:
+            judged += scale * surround * level
+    return total - surroundings(judged) if any(comparison.surround for comparison in comparisons) else total
 
 
 #: Standard deviation of the surroundings, as a share of the map's side.

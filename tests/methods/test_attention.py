@@ -1,12 +1,13 @@
 """Patch attention against loops over all patches, and its loss against what prediction compares."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import affine_transform, gaussian_filter
 from torch.optim import Adam
 
 from anatomaly.backbones.weights import state_digest
@@ -167,12 +168,27 @@ def test_without_surroundings_neither_map_nor_training_knows_them():
     assert float(one) != pytest.approx(float(other), rel=1e-3)
 
 
-def test_supports_are_mirrored_unless_told_otherwise(lite0, images):
-    assert list(build_method("attention", lite0).extract_support(images)) == ["teacher", "mirrored"]
-    plain = build_method("attention", lite0, attention={"mirrored": False})
-    assert list(plain.extract_support(images)) == ["teacher"]
-    views = {tensor.shape[1] for tensor in plain.embed_support(plain.extract_support(images)).values()}
-    assert views == {1}
+@pytest.mark.parametrize(
+    ("parts", "views"),
+    [
+        ({}, ["mirrored", "larger", "smaller"]),
+        ({"mirrored": False}, ["larger", "smaller"]),
+        ({"resized": False}, ["mirrored"]),
+        ({"mirrored": False, "resized": False}, []),
+    ],
+    ids=str,
+)
+def test_supports_are_seen_four_ways_unless_told_otherwise(parts, views, lite0, images):
+    model = build_method("attention", lite0, attention=parts).eval()
+    with torch.no_grad():
+        extracted = model.extract_support(images)
+        assert list(extracted) == ["teacher", *views]
+        for view in extracted:
+            shown = torch.from_numpy(seen(images.numpy(), view)).float()
+            for level, expected in zip(extracted[view], lite0(shown), strict=True):
+                torch.testing.assert_close(level, expected, rtol=1e-3, atol=1e-3)
+        bank = model.embed_support(extracted)
+    assert {tensor.shape[1] for tensor in bank.values()} == {1 + len(views)}
 
 
 def test_it_starts_as_the_teacher_with_the_values_of_the_source():
@@ -240,19 +256,30 @@ def images():
     return torch.rand(3, 3, 64, 96, generator=torch.Generator().manual_seed(0))
 
 
+def seen(images, view):
+    """A view of (B, 3, H, W) images, by another library: what is beyond the border is as the border."""
+    if view == "mirrored":
+        return images[..., ::-1].copy()
+    matrix = {"teacher": 1.0, "larger": 1 / 1.1, "smaller": 1.1}[view] * np.eye(2)
+    centre = (np.array(images.shape[2:]) - 1) / 2
+    transform = partial(affine_transform, matrix=matrix, offset=centre - matrix @ centre, order=1, mode="nearest")
+    return np.stack([[transform(channel) for channel in image] for image in images])
+
+
 def plain_map(comparisons):
     """Map (B, 64, 96) of the teacher's own nearest patches, before any surroundings are subtracted."""
     return anomaly_map([comparison._replace(surround=0.0) for comparison in comparisons[LEARNED:]], (64, 96))
 
 
-def test_neither_a_support_nor_its_mirror_image_is_anomalous(lite0, images):
+@pytest.mark.parametrize("view", ["teacher", "mirrored", "larger", "smaller"])
+def test_no_view_of_a_support_is_anomalous(view, lite0, images):
     model = build_method("attention", lite0).eval()
-    support, mirror = images[:2], images[:2].flip(-1)
-    for query in (support, mirror):
-        comparisons = judge(model, model.extract(query), model.extract_support(support))
-        assert float(plain_map(comparisons).abs().max()) < 1e-4
-        assert all(torch.equal(one.weights, torch.eye(2)) for one in comparisons[LEARNED:])
-    assert float(plain_map(judge(model, model.extract(mirror), model.extract(support))).mean()) > 1e-2
+    support, query = images[:2], torch.from_numpy(seen(images[:2].numpy(), view)).float()
+    comparisons = judge(model, model.extract(query), model.extract_support(support))
+    assert float(plain_map(comparisons).abs().max()) < 1e-3
+    assert all(torch.equal(one.weights, torch.eye(2)) for one in comparisons[LEARNED:])
+    if view != "teacher":
+        assert float(plain_map(judge(model, model.extract(query), model.extract(support))).mean()) > 1e-2
     other = judge(model, model.extract(images[2:]), model.extract_support(support))
     assert float(plain_map(other).mean()) > 1e-2
 

@@ -1,8 +1,8 @@
 """Patch attention: a student that may see a query only through the supports' patches (docs/better.md).
 
 The frozen teacher describes the query and the K supports.  The student re-reads both with one learned linear map per
-level and rebuilds every query patch as an attention over all patches of all supports and their mirror images; what
-they cannot rebuild is anomalous.  Linear maps, temperatures, the pull of the position and what each level counts are
+level and rebuilds every query patch as an attention over all patches of all supports, seen four ways; what they
+cannot rebuild is anomalous.  Linear maps, temperatures, the pull of the position and what each level counts are
 learned on normal images of other tasks with lesions pasted into them: the weights know what a lesion does and nothing
 of the task at hand.  Every place is judged against its surroundings, and the teacher's own nearest patches count
 beside the student's.
@@ -24,7 +24,7 @@ from anatomaly.scoring import surroundings
 from anatomaly.types import Comparison
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -38,12 +38,28 @@ _TEMPERATURE, _LOCALITY, _SURROUND, _DEEP_SURROUND, _GAIN, _BIAS = 0.03, -3.0, 0
 _LESION_WEIGHT, _TOP = 4.0, 0.05
 
 
+def _zoomed(images: Tensor, factor: float) -> Tensor:
+    """Images (B, 3, H, W) enlarged about their centre, the border repeated where nothing is known."""
+    matrix = images.new_tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]) / factor
+    grid = F.affine_grid(matrix.expand(len(images), 2, 3), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+#: What else a support shows: exchanged left for right, a tenth larger, a tenth smaller.
+_VIEWS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "mirrored": lambda images: images.flip(-1),
+    "larger": lambda images: _zoomed(images, 1.1),
+    "smaller": lambda images: _zoomed(images, 1 / 1.1),
+}
+
+
 class PatchAttention(nn.Module):
     """Attention over support patches; follows `types.Method`.
 
     Args:
         teacher: Frozen backbone with four levels.  The first is averaged to the grid of the second.
         mirrored: The supports' mirror images are supports too.
+        resized: The supports a tenth larger and smaller are supports too.
         surroundings: Every place is judged against its surroundings.
         teacher_levels: Number of shallow levels of which the teacher's own nearest patches count beside the student's.
         deepest: What the student's deepest level counts, times what it learned: disease is often larger than a
@@ -58,14 +74,15 @@ class PatchAttention(nn.Module):
         teacher: Teacher,
         *,
         mirrored: bool = True,
+        resized: bool = True,
         surroundings: bool = True,
         teacher_levels: int = 3,
         deepest: float = 2.0,
     ) -> None:
         super().__init__()
         self._teacher = [teacher]
-        self._mirrored, self._surroundings = mirrored, surroundings
-        self._teacher_levels, self._deepest = teacher_levels, deepest
+        self._views = (*["mirrored"] * mirrored, *["larger", "smaller"] * resized)
+        self._surroundings, self._teacher_levels, self._deepest = surroundings, teacher_levels, deepest
         levels = len(teacher.channels)
         self.readings = nn.ParameterList([nn.Parameter(torch.eye(channels)) for channels in teacher.channels])
         self.temperature = _scalars(np.log(_TEMPERATURE), levels)
@@ -91,9 +108,9 @@ class PatchAttention(nn.Module):
         return {"teacher": self.teacher(images)}
 
     def extract_support(self, images: Tensor) -> Features:
-        """Teacher pyramids of (K, 3, H, W) supports and, if wanted, of their mirror images, left for right."""
-        features: Features = {"teacher": self.teacher(images)}
-        return {**features, "mirrored": self.teacher(images.flip(-1))} if self._mirrored else features
+        """Teacher pyramids of (K, 3, H, W) supports, as they are and as `_VIEWS` shows them."""
+        views = {view: self.teacher(_VIEWS[view](images)) for view in self._views}
+        return {"teacher": self.teacher(images), **views}
 
     def encode(self, features: Features) -> list[Tensor]:
         """Unit-length patches: the student's reading of all levels, then the teacher's own of the shallow ones."""
@@ -107,9 +124,9 @@ class PatchAttention(nn.Module):
     def embed_support(self, features: Features) -> dict[str, Tensor]:
         """What `encode` says of K supports, as "patches_i", each (K, views, h, w, C).
 
-        The views are the image and, where `features` has it, its mirror image.
+        The views are the image and those of `_VIEWS` that `features` has.
         """
-        views = [self.encode({"teacher": features[view]}) for view in ("teacher", "mirrored") if view in features]
+        views = [self.encode({"teacher": features[view]}) for view in ("teacher", *_VIEWS) if view in features]
         return {
             f"patches_{i}": torch.stack(levels, dim=1).permute(0, 1, 3, 4, 2).contiguous()
             for i, levels in enumerate(zip(*views, strict=True))
@@ -136,17 +153,12 @@ class PatchAttention(nn.Module):
                     f"PatchAttention.compare: level {i + 1} of the query is {tuple(level.shape)}, the support bank "
                     f"holds {tuple(bank.shape)}; C, h and w must match. Make the bank anew with this model and size."
                 )
-            patches, places = bank.float().flatten(0, 3), _places(level)
-            targets, weights = [], []
-            for one in level.float():  # one image at a time bounds memory
-                target, share = self._rebuild(i, one.flatten(1).T, patches, places)
-                targets.append(target.T.reshape(one.shape))
-                weights.append(share.reshape(len(bank), -1).sum(dim=1) / len(places))
+            target, weights = self._rebuild(i, level.float(), bank.float())
             comparisons.append(
                 Comparison(
                     level,
-                    torch.stack(targets),
-                    torch.stack(weights),
+                    target,
+                    weights,
                     scale=self._scale(i),
                     surround=float(self._surround()[i % len(self.readings)]),
                 )
@@ -197,9 +209,8 @@ class PatchAttention(nn.Module):
 
     def _distance(self, i: int, query: Tensor, bank: Tensor) -> Tensor:
         """1 - cosine between a query (C, h, w) and what the bank (K, views, h, w, C) makes of it: (h, w)."""
-        rows = query.flatten(1).T
-        target, _ = self._rebuild(i, rows, bank.flatten(0, 3), _places(query))
-        return (1.0 - F.cosine_similarity(rows, target, dim=1)).reshape(query.shape[1:])
+        target, _ = self._rebuild(i, query[None], bank)
+        return 1.0 - F.cosine_similarity(query, target[0], dim=0)
 
     def _scale(self, i: int) -> float:
         """What the i-th of `encode`'s tensors counts in the map."""
@@ -211,31 +222,44 @@ class PatchAttention(nn.Module):
         """What the surroundings of each level count, from 0 to 1."""
         return float(self._surroundings) * torch.sigmoid(_SCALAR * self.surround)
 
-    def _rebuild(self, i: int, rows: Tensor, patches: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Rebuild patches from those of the supports: by attention (student) or the most similar one (teacher).
+    def _rebuild(self, i: int, queries: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
+        """Rebuild patches from those of the supports: by attention (student) or as the most similar one (teacher).
 
         The attention's logits are (similarity - pull * squared distance of the places) / temperature.  The distance is
         multiplied out, |p|^2 - 2pq + |q|^2, and its first term, the same for a whole row, left out: one product of
-        matrices does it all.
+        matrices does it all.  Beside the patches, one column per support sums the attention it gets.
 
         Args:
-            i: Which of `encode`'s tensors the rows are of.
-            rows: (n * h * w, C), unit length.
-            patches: (m * h * w, C), unit length.
-            places: (h * w, 2), centres of the cells; the image's sides are 1.
+            i: Which of `encode`'s tensors the patches are of.
+            queries: (B, C, h, w), unit length.
+            bank: (K, views, h, w, C), unit length.
 
         Returns:
-            (n * h * w, C) and how many of the rows, in all, every patch stands for, (m * h * w,).
+            (B, C, h, w) and the supports' shares of the patches, (B, K), each row of sum 1.
         """
+        b, c, h, w = queries.shape
+        rows, patches = queries.permute(0, 2, 3, 1).reshape(-1, c), bank.flatten(0, 3)
+        owner = torch.arange(len(bank), device=bank.device).repeat_interleave(len(patches) // len(bank))
         if i >= len(self.readings):
             nearest = most_similar(rows, patches)
-            return patches[nearest], torch.bincount(nearest, minlength=len(patches))
-        pull = F.softplus(_SCALAR * self.locality[i])
-        here, there = places.repeat(len(rows) // len(places), 1), places.repeat(len(patches) // len(places), 1)
-        query = torch.cat([rows, 2.0 * pull * here, -pull.expand(len(rows), 1)], dim=1)
-        key = torch.cat([patches, there, there.square().sum(dim=1, keepdim=True)], dim=1)
-        attention = torch.softmax((query / torch.exp(_SCALAR * self.temperature[i])) @ key.T, dim=1)
-        return attention @ patches, attention.sum(dim=0)
+            target, share = patches[nearest], F.one_hot(owner[nearest], len(bank)).float()
+        else:
+            pull, here = F.softplus(_SCALAR * self.locality[i]), _places(queries)
+            place = torch.cat([2.0 * pull * here, -pull.expand(h * w, 1)], dim=1)
+            there = torch.cat([here, here.square().sum(dim=1, keepdim=True)], dim=1)
+            seek = torch.cat([rows, place.repeat(b, 1)], dim=1) / torch.exp(_SCALAR * self.temperature[i])
+            key = torch.cat([patches, there.repeat(len(patches) // (h * w), 1)], dim=1)
+            value = torch.cat([patches, F.one_hot(owner, len(bank))], dim=1)
+            found = _attend(seek, key, value)
+            target, share = found[:, :c], found[:, c:]
+        return target.reshape(b, h, w, c).permute(0, 3, 1, 2), share.reshape(b, h * w, -1).mean(dim=1)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Softmax attention of (n, A) to (m, A) over (m, B): (n, B); the (n, m) weights are never held in memory."""
+    width = max(key.shape[1], value.shape[1])  # the fast kernels want all of one width
+    q, k, v = (F.pad(tensor, (0, width - tensor.shape[1]))[None, None] for tensor in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v, scale=1.0)[0, 0, :, : value.shape[1]]
 
 
 def _places(level: Tensor) -> Tensor:
