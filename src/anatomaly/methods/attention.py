@@ -11,6 +11,7 @@ beside the student's.
 from __future__ import annotations
 
 from itertools import cycle
+from math import ceil
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -257,7 +258,7 @@ class PatchAttention(nn.Module):
 
 def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Softmax attention of (n, A) to (m, A) over (m, B): (n, B); the (n, m) weights are never held in memory."""
-    width = max(key.shape[1], value.shape[1])  # the fast kernels want all of one width
+    width = 8 * ceil(max(key.shape[1], value.shape[1]) / 8)  # the fast kernels want one width, and such a one
     q, k, v = (F.pad(tensor, (0, width - tensor.shape[1]))[None, None] for tensor in (query, key, value))
     return F.scaled_dot_product_attention(q, k, v, scale=1.0)[0, 0, :, : value.shape[1]]
 
