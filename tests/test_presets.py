@@ -1,5 +1,7 @@
 """The presets as the command line reads them: they hold the numbers of the papers and releases, and flags win."""
 
+from dataclasses import replace
+
 import pytest
 
 from anatomaly.cli import main
@@ -146,6 +148,10 @@ def test_fit_has_a_preset_of_its_own_unless_a_file_or_a_method_is_named(settings
     assert settings_of() == ours
     assert settings_of("--training.seed", "3").method.name == "attention"
     assert settings_of("--method.name", "d24fad") == FitConfig(method=MethodConfig(name="d24fad"))
+    assert settings_of("--method.tsd_weight", "0.2") == FitConfig(method=MethodConfig(tsd_weight=0.2))
+    for words in (("--method.attention.mirrored", "false"), ("--method.attention.mirrored=false",)):
+        attention = replace(ours.method.attention, mirrored=False)
+        assert settings_of(*words) == replace(ours, method=replace(ours.method, attention=attention))
     for flag in ("-c", "--config"):
         assert settings_of(flag, file).training.epochs == 2
         assert settings_of(flag, file).method.name == "d24fad"

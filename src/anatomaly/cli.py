@@ -107,7 +107,8 @@ def _parse(name: str, words: Sequence[str]) -> Namespace:
 def _with_default(name: str, words: Sequence[str]) -> Sequence[str]:
     """Give `fit`, and the ablation of the default method, their preset where no preset, file or method is named."""
     default = name == "fit" or (name == "benchmark ablation" and DEFAULT_PRESET in words)
-    named = any(word.partition("=")[0].split(".")[0] in ("--preset", "-c", "--config", "--method") for word in words)
+    flags = [word.partition("=")[0] for word in words if not word.startswith(f"--method.{DEFAULT_PRESET}.")]
+    named = any(flag.split(".")[0] in ("--preset", "-c", "--config", "--method") for flag in flags)
     return ["--preset", DEFAULT_PRESET, *words] if default and not named else words
 
 

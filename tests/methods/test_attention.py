@@ -99,8 +99,10 @@ def nearest_by_loops(query, supports):
 
 
 @pytest.mark.parametrize("views", [1, 2])
-@pytest.mark.parametrize("shots", [1, 3])
-def test_every_patch_is_rebuilt_as_the_loops_do_it(shots, views):
+@pytest.mark.parametrize(("shots", "few"), [(1, 16), (3, 16), (3, 2)])
+def test_every_patch_is_rebuilt_as_the_loops_do_it(shots, few, views, monkeypatch):
+    monkeypatch.setattr(attention, "_FEW", few)
+    monkeypatch.setattr(attention, "_WEIGHTS", 50)  # a row or two at a time
     model, query = method(seed=4), features(2, seed=1)
     support = both_views(shots, seed=2) if views == 2 else features(shots, seed=2)
     comparisons, learned = judge(model, query, support), model.state_dict()

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 #: Scalars are kept at a tenth of their size, so that Adam's one learning rate moves them ten times as fast as the maps.
 _SCALAR = 10.0
 _TEMPERATURE, _LOCALITY, _SURROUND, _DEEP_SURROUND, _GAIN, _BIAS = 0.03, -3.0, 0.8, 0.05, 2.5, -3.0
+#: Supports that get a column each in the attention, and weights worked out at a time where there are more.
+_FEW, _WEIGHTS = 16, 2**20
 #: In the loss: weight of a lesion's cells, and share of the cells that make an image's score.
 _LESION_WEIGHT, _TOP = 4.0, 0.05
 
@@ -228,7 +230,7 @@ class PatchAttention(nn.Module):
 
         The attention's logits are (similarity - pull * squared distance of the places) / temperature.  The distance is
         multiplied out, |p|^2 - 2pq + |q|^2, and its first term, the same for a whole row, left out: one product of
-        matrices does it all.  Beside the patches, one column per support sums the attention it gets.
+        matrices does it all.
 
         Args:
             i: Which of `encode`'s tensors the patches are of.
@@ -240,27 +242,41 @@ class PatchAttention(nn.Module):
         """
         b, c, h, w = queries.shape
         rows, patches = queries.permute(0, 2, 3, 1).reshape(-1, c), bank.flatten(0, 3)
-        owner = torch.arange(len(bank), device=bank.device).repeat_interleave(len(patches) // len(bank))
         if i >= len(self.readings):
             nearest = most_similar(rows, patches)
-            target, share = patches[nearest], F.one_hot(owner[nearest], len(bank)).float()
+            target, share = patches[nearest], _owners(bank)[nearest]
         else:
             pull, here = F.softplus(_SCALAR * self.locality[i]), _places(queries)
             place = torch.cat([2.0 * pull * here, -pull.expand(h * w, 1)], dim=1)
             there = torch.cat([here, here.square().sum(dim=1, keepdim=True)], dim=1)
             seek = torch.cat([rows, place.repeat(b, 1)], dim=1) / torch.exp(_SCALAR * self.temperature[i])
             key = torch.cat([patches, there.repeat(len(patches) // (h * w), 1)], dim=1)
-            value = torch.cat([patches, F.one_hot(owner, len(bank))], dim=1)
-            found = _attend(seek, key, value)
-            target, share = found[:, :c], found[:, c:]
+            target, share = _attend(seek, key, bank)
         return target.reshape(b, h, w, c).permute(0, 3, 1, 2), share.reshape(b, h * w, -1).mean(dim=1)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Softmax attention of (n, A) to (m, A) over (m, B): (n, B); the (n, m) weights are never held in memory."""
-    width = 8 * ceil(max(key.shape[1], value.shape[1]) / 8)  # the fast kernels want one width, and such a one
-    q, k, v = (F.pad(tensor, (0, width - tensor.shape[1]))[None, None] for tensor in (query, key, value))
-    return F.scaled_dot_product_attention(q, k, v, scale=1.0)[0, 0, :, : value.shape[1]]
+def _attend(query: Tensor, key: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax attention of (n, A) to (m, A) over the m patches of a bank (K, views, h, w, C): (n, C), (n, K).
+
+    Few supports: a column per support beside the patches sums the attention it gets, and the (n, m) weights are never
+    held in memory.  Many: so many columns would cost more than the weights of some rows at a time.
+    """
+    patches, shots = bank.flatten(0, 3), len(bank)
+    if shots <= _FEW:
+        value = torch.cat([patches, _owners(bank)], dim=1)
+        width = 8 * ceil(max(key.shape[1], value.shape[1]) / 8)  # the fast kernels want one width, and such a one
+        q, k, v = (F.pad(tensor, (0, width - tensor.shape[1]))[None, None] for tensor in (query, key, value))
+        found = F.scaled_dot_product_attention(q, k, v, scale=1.0)[0, 0]
+        return found[:, : patches.shape[1]], found[:, patches.shape[1] : value.shape[1]]
+    weights = (torch.softmax(rows @ key.T, dim=1) for rows in torch.split(query, max(1, _WEIGHTS // len(key))))
+    parts = [(weight @ patches, weight.reshape(len(weight), shots, -1).sum(dim=2)) for weight in weights]
+    targets, shares = zip(*parts, strict=True)
+    return torch.cat(targets), torch.cat(shares)
+
+
+def _owners(bank: Tensor) -> Tensor:
+    """Which support of a bank (K, views, h, w, C) a patch is of: (K * views * h * w, K) of ones and zeros."""
+    return torch.eye(len(bank), device=bank.device).repeat_interleave(bank[0, ..., 0].numel(), dim=0)
 
 
 def _places(level: Tensor) -> Tensor:
