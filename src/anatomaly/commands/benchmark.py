@@ -180,6 +180,7 @@ def _merged(one: Mapping[str, Any], two: Mapping[str, Any]) -> dict[str, Any]:
 def ablation_arguments(parser: ArgumentParser) -> None:
     """Options of `benchmark ablation`."""
     from anatomaly.config import FitConfig
+    from anatomaly.presets import preset_names
 
     parser.add_argument("whose", type=Literal["pdd", "d24fad", "attention"], help="Whose ablation.")
     parser.add_argument("--data", type=str, required=True, help="Folder or manifest: normals in train, a test split.")
@@ -189,7 +190,7 @@ def ablation_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--seeds", type=list[int], default=[0, 1, 2], help="Of the training, one model each.")
     parser.add_argument("--shots", type=int, default=4, help="K of few-shot rows.")
     parser.add_argument("--draws", type=int, default=5, help="Support draws of few-shot rows.")
-    parser.add_argument("--preset", type=str, help="attention, d24fad-paper, d24fad-release, pdd-paper or pdd-release.")
+    parser.add_argument("--preset", type=str, help=f"{', '.join(preset_names())}.")
     parser.add_class_arguments(FitConfig)
 
 
