@@ -21,8 +21,7 @@ import torch
 
 from anatomaly.backbones import build_backbone
 from anatomaly.methods import build_method
-from anatomaly.scoring import anomaly_map, blur, image_score
-from anatomaly.spine import compare_tensor, encode_tensor, predict_tensor
+from anatomaly.scoring import anomaly_map, blur, compare_tensor, encode_tensor, image_score, predict_tensor
 from anatomaly.types import Comparison, Scoring
 
 

@@ -58,7 +58,7 @@ def golden_files(tmp_path_factory):
 def phantom(tmp_path_factory):
     """A small phantom benchmark at 64 px: two tasks, each with 8 normal training, 4 normal and 4 anomalous tests."""
     from anatomaly.data.manifest import load_manifest
-    from anatomaly.data.phantom import write_benchmark
+    from anatomaly.synthetic.phantom import write_benchmark
 
     out = tmp_path_factory.mktemp("phantom")
     tasks = ("head_ct", "brain_mr")
@@ -71,7 +71,7 @@ def make_detector(lite0):
     from dataclasses import asdict
 
     from anatomaly.config import MethodConfig
-    from anatomaly.inference import Detector
+    from anatomaly.detector.detector import Detector
     from anatomaly.methods import build_method
     from anatomaly.types import Preprocessing, Scoring
 

@@ -7,26 +7,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from anatomaly._version import __version__
+
 if TYPE_CHECKING:
-    from anatomaly.calibrating import calibrate as calibrate
     from anatomaly.config import FitConfig as FitConfig
     from anatomaly.data.manifest import load_manifest as load_manifest
-    from anatomaly.evaluation import evaluate as evaluate
-    from anatomaly.inference import Detector as Detector
+    from anatomaly.detector.calibrate import calibrate as calibrate
+    from anatomaly.detector.detector import Detector as Detector
+    from anatomaly.evaluation.evaluate import evaluate as evaluate
     from anatomaly.presets import load_preset as load_preset
-    from anatomaly.training import fit as fit
+    from anatomaly.training.fit import fit as fit
     from anatomaly.types import Prediction as Prediction
-
-__version__ = "0.1.0"
 
 #: Public names and where they live; resolved on first use, so that `import anatomaly` stays free of torch.
 _PUBLIC = {
-    "Detector": "anatomaly.inference",
+    "Detector": "anatomaly.detector.detector",
     "FitConfig": "anatomaly.config",
     "Prediction": "anatomaly.types",
-    "calibrate": "anatomaly.calibrating",
-    "evaluate": "anatomaly.evaluation",
-    "fit": "anatomaly.training",
+    "calibrate": "anatomaly.detector.calibrate",
+    "evaluate": "anatomaly.evaluation.evaluate",
+    "fit": "anatomaly.training.fit",
     "load_manifest": "anatomaly.data.manifest",
     "load_preset": "anatomaly.presets",
 }

@@ -9,7 +9,7 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from anatomaly import __version__
+from anatomaly._version import __version__
 from anatomaly.commands import audit, benchmark, calibrate, data, explain, judge, model
 from anatomaly.commands.console import fail, instantiated
 from anatomaly.errors import AnatomalyError, ConfigError

@@ -276,7 +276,7 @@ def check_stored(facts: Mapping[str, Any], where: str) -> None:
     """Hold the settings of a stored model to the same ranges as those of `fit`: somebody may have edited the file.
 
     Args:
-        facts: What `bundle.read_config` returned.
+        facts: What `detector.bundle.read_config` returned.
         where: The file, for the message.
 
     Raises:

@@ -13,8 +13,7 @@ from torch.optim import Adam
 from anatomaly.backbones.weights import state_digest
 from anatomaly.errors import ShapeError
 from anatomaly.methods import attention, build_method
-from anatomaly.scoring import anomaly_map
-from anatomaly.spine import leave_one_out_maps
+from anatomaly.scoring import anomaly_map, leave_one_out_maps
 from anatomaly.types import Scoring
 
 TEACHER = SimpleNamespace(channels=(4, 6, 8, 10), strides=(4, 8, 16, 32))

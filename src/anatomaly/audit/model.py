@@ -13,13 +13,13 @@ import numpy as np
 
 from anatomaly.audit.collect import Collector, draws_to_keep, shuffled_draws
 from anatomaly.audit.measure import Runs, require_labels
+from anatomaly.audit.published import RELEASED, file_order
 from anatomaly.backbones.weights import load_strict, state_digest
-from anatomaly.bundle import read_tensors
 from anatomaly.data.loading import load_batches
+from anatomaly.detector.bundle import read_tensors
 from anatomaly.errors import ManifestError, NotReadyError
-from anatomaly.protocols import draw_supports, forbid_leak, samples_to_test
-from anatomaly.published import RELEASED, file_order
-from anatomaly.spine import compare_tensor
+from anatomaly.evaluation.protocols import draw_supports, forbid_leak, samples_to_test
+from anatomaly.scoring import compare_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from anatomaly.audit.published import RunScores
     from anatomaly.data.manifest import Manifest
-    from anatomaly.inference import Detector
-    from anatomaly.published import RunScores
+    from anatomaly.detector.detector import Detector
     from anatomaly.types import Preprocessing, Sample, SupportBank
 
 

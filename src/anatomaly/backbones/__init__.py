@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from anatomaly.backbones.timm_features import TimmSpec, timm_teacher
-from anatomaly.backbones.vmamba_teacher import VMambaSpec, vmamba_teacher
+from anatomaly.backbones.vmamba.teacher import VMambaSpec, vmamba_teacher
 from anatomaly.backbones.weights import WeightsSource
 from anatomaly.errors import ConfigError
 

@@ -14,7 +14,7 @@ from anatomaly.errors import ConfigError
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
-    from anatomaly.benchmark import Entry
+    from anatomaly.benchmark.grid import Entry
     from anatomaly.config import FitConfig
 
 
@@ -53,11 +53,11 @@ def run_grid(options: Namespace) -> int:
     from rich.progress import Progress
     from rich.table import Table
 
-    from anatomaly.benchmark import Grid, run_grid
+    from anatomaly.benchmark.grid import Grid, run_grid
+    from anatomaly.benchmark.leaderboard import read_cells
+    from anatomaly.benchmark.tables import tables, write_leaderboard
     from anatomaly.config import FitConfig
     from anatomaly.data.manifest import load_manifest
-    from anatomaly.leaderboard import read_cells
-    from anatomaly.leaderboard_tables import tables, write_leaderboard
 
     base = FitConfig(**{field.name: options[field.name] for field in fields(FitConfig)})
     entries = _entries(options, base)
@@ -115,7 +115,7 @@ def run_grid(options: Namespace) -> int:
 
 def _entries(options: Namespace, base: FitConfig) -> list[Entry]:
     """The competitors that the settings name."""
-    from anatomaly.peers import PEERS, RESNETS, architecture
+    from anatomaly.benchmark.peers import PEERS, RESNETS, architecture
 
     methods = options.methods
     if not isinstance(methods, Mapping):
@@ -135,10 +135,10 @@ def _entry(name: str, changes: object, base: FitConfig) -> Entry:
     """One competitor: the common settings, then its preset's, then its own."""
     from jsonargparse import ArgumentError, ArgumentParser
 
-    from anatomaly.benchmark import Entry
+    from anatomaly.benchmark.grid import Entry
+    from anatomaly.benchmark.peers import PEERS
     from anatomaly.config import FitConfig
     from anatomaly.methods import METHODS
-    from anatomaly.peers import PEERS
     from anatomaly.presets import preset_file
 
     if not isinstance(changes or {}, Mapping):
@@ -199,7 +199,7 @@ def run_ablation(options: Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from anatomaly import ablation
+    from anatomaly.benchmark import ablation
     from anatomaly.config import FitConfig
     from anatomaly.data.manifest import load_manifest
 

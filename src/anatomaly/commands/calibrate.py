@@ -28,8 +28,8 @@ def calibrate_arguments(parser: ArgumentParser) -> None:
 
 def run_calibrate(options: Namespace) -> int:
     """Run `calibrate`."""
-    from anatomaly.calibrating import calibrate, calibrate_on_support, check
-    from anatomaly.calibration import misfit
+    from anatomaly.detector.calibrate import calibrate, calibrate_on_support, check
+    from anatomaly.detector.conformal import misfit
 
     _check_options(options)
     detector = load_detector(options)
@@ -139,8 +139,8 @@ def normal_rows(detector: Any, source: Path, task: str) -> list[Any]:
 
 
 def _print(calibration: Calibration) -> None:
-    from anatomaly.calibrating import sizes
-    from anatomaly.calibration import describe, false_positive_range, needed_normals, threshold
+    from anatomaly.detector.calibrate import sizes
+    from anatomaly.detector.conformal import describe, false_positive_range, needed_normals, threshold
 
     n = calibration.n
     size = sizes(calibration)

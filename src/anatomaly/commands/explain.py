@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from jsonargparse import ArgumentParser, Namespace
 
-    from anatomaly.backbones.classifiers import Classifier
+    from anatomaly.explain.classifiers import Classifier
 
 
 def _image_arguments(parser: ArgumentParser) -> None:
@@ -95,9 +95,9 @@ def run_teachers(options: Namespace) -> int:
 
 def _classifier(teacher: Namespace, device: str) -> Classifier:
     from anatomaly.backbones import BACKBONES, build_backbone
-    from anatomaly.backbones.classifiers import classifier_of
     from anatomaly.backbones.timm_features import TimmSpec
-    from anatomaly.inference import choose_device
+    from anatomaly.detector.detector import choose_device
+    from anatomaly.explain.classifiers import classifier_of
 
     built = build_backbone(teacher.name, weights=teacher.weights, normalise=teacher.normalise)
     spec = BACKBONES.get(teacher.name) or TimmSpec(teacher.name.removeprefix("timm/"))

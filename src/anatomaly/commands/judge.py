@@ -31,7 +31,7 @@ def loading_arguments(parser: ArgumentParser) -> None:
 
 def load_detector(options: Namespace, folder: str | Path | None = None) -> Any:
     """The model in `--model`, or in another folder, loaded as `loading_arguments` say."""
-    from anatomaly.inference import Detector
+    from anatomaly.detector.detector import Detector
 
     if options.batch_size < 1:
         raise ConfigError(f"batch_size: got {options.batch_size}, expected at least 1.")
@@ -75,7 +75,7 @@ def run_predict(options: Namespace) -> int:
     from anatomaly.data.layouts import samples_of
     from anatomaly.data.manifest import load_manifest
     from anatomaly.data.transforms import load
-    from anatomaly.output import predict_to_folder
+    from anatomaly.results.folder import predict_to_folder
 
     if options.support is not None and options.bank is not None:
         raise ConfigError("predict: give either --support (normal images) or --bank (a saved bank), not both.")
@@ -157,7 +157,7 @@ def evaluate_arguments(parser: ArgumentParser) -> None:
 def run_evaluate(options: Namespace) -> int:
     """Run `evaluate`."""
     from anatomaly.data.manifest import load_manifest
-    from anatomaly.evaluation import evaluate, pooled, write_evaluations
+    from anatomaly.evaluation.evaluate import evaluate, pooled, write_evaluations
 
     manifest = load_manifest(Path(options.data))
     detector = load_detector(options)
@@ -190,7 +190,7 @@ def demo_arguments(parser: ArgumentParser) -> None:
 
 def run_demo(options: Namespace) -> int:
     """Run `demo`."""
-    from anatomaly.demo import demo
+    from anatomaly.commands.demo import demo
 
     report, results = demo(Path(options.out), seed=options.seed)
     print_table("A task nobody trained on", results)

@@ -35,7 +35,7 @@ def run_fit(options: Namespace) -> int:
     config = FitConfig(**{field.name: options[field.name] for field in fields(FitConfig)})
     manifest = load_manifest(Path(options.data))
 
-    from anatomaly.training import fit  # takes seconds to load, so it comes after what may be wrong
+    from anatomaly.training.fit import fit  # takes seconds to load, so it comes after what may be wrong
 
     fit(manifest if options.tasks is None else manifest.select(task=options.tasks), options.out, config)
     print(f"model: {options.out}")
@@ -51,7 +51,7 @@ def d24fad_arguments(parser: ArgumentParser) -> None:
 
 def run_d24fad(options: Namespace) -> int:
     """Read an official D24FAD checkpoint."""
-    from anatomaly.official import import_checkpoint
+    from anatomaly.detector.official import import_checkpoint
 
     import_checkpoint(options.file, teacher_weights=options.teacher.weights).save(options.out)
     print(f"model: {options.out}")
@@ -68,7 +68,7 @@ def pdd_arguments(parser: ArgumentParser) -> None:
 
 def run_pdd(options: Namespace) -> int:
     """Read an official PDD checkpoint."""
-    from anatomaly.official import import_checkpoint
+    from anatomaly.detector.official import import_checkpoint
 
     import_checkpoint(
         options.file,
@@ -91,7 +91,7 @@ def export_arguments(parser: ArgumentParser) -> None:
 def run_export(options: Namespace) -> int:
     """Run `export`."""
     from anatomaly.backbones import build_backbone
-    from anatomaly.export import export_teacher
+    from anatomaly.backbones.export import export_teacher
 
     teacher = build_backbone(options.teacher.name, weights=options.teacher.weights)
     done = export_teacher(teacher, Path(options.out), size=(options.size[0], options.size[1]))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from anatomaly.data.transforms import Prepared
-    from anatomaly.inference import Detector
+    from anatomaly.detector.detector import Detector
     from anatomaly.types import Sample, SupportBank
 
 _SUPPORTS_PER_ROW = 5
