@@ -18,7 +18,8 @@ from anatomaly.config import FitConfig, MethodConfig, PDDConfig, TeacherConfig, 
 from anatomaly.data.transforms import load
 from anatomaly.detector.detector import Detector
 from anatomaly.errors import ConfigError
-from anatomaly.evaluation.evaluate import evaluate, table_of
+from anatomaly.evaluation.cells import table_of
+from anatomaly.evaluation.evaluate import evaluate
 from anatomaly.evaluation.metrics import bootstrap
 from anatomaly.evaluation.protocols import samples_to_test, split_normals
 from anatomaly.results.writer import read_scores
@@ -133,7 +134,7 @@ def test_a_loaded_model_gives_the_same_scores_and_settings(which, phantom, reque
 
 
 def test_a_finished_run_is_not_trained_again(several, phantom, monkeypatch):
-    monkeypatch.setattr("anatomaly.training.fit._train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("anatomaly.training.student.train_student", lambda *_: pytest.fail("trained again"))
     folder, detector = several
     again = fit(phantom, folder, settings(task_intensity={"head_ct": DARK}))
     assert again.model_hash == detector.model_hash

@@ -24,7 +24,8 @@ from anatomaly.data.manifest import Manifest, load_manifest, write_csv
 from anatomaly.detector.bundle import write_tensors
 from anatomaly.detector.detector import Detector
 from anatomaly.errors import ManifestError, NotReadyError, ReadError
-from anatomaly.evaluation.evaluate import evaluate, write_evaluations
+from anatomaly.evaluation.cells import write_evaluations
+from anatomaly.evaluation.evaluate import evaluate
 from anatomaly.evaluation.metrics import bootstrap
 from anatomaly.results.writer import COLUMNS
 from anatomaly.synthetic.phantom import write_benchmark

@@ -62,7 +62,7 @@ def finished(phantom, tmp_path_factory):
 def work(monkeypatch):
     """What was done: {"trained": folders, "judged": [(task, shots, draws, seed)]}."""
     done = {"trained": [], "judged": []}
-    train = training._train
+    train = training.train_student
 
     def noted_train(method, train_rows, held_out, prepare, folder, config):
         done["trained"].append(folder.parent)
@@ -72,7 +72,7 @@ def work(monkeypatch):
         done["judged"].append((task, shots, draws, seed))
         return evaluate(detector, manifest, task=task, shots=shots, draws=draws, seed=seed)
 
-    monkeypatch.setattr(training, "_train", noted_train)
+    monkeypatch.setattr(training, "train_student", noted_train)
     monkeypatch.setattr(ablation, "evaluate", noted_evaluate)
     return done
 

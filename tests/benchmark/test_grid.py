@@ -18,9 +18,10 @@ import pytest
 
 from anatomaly.backbones import build_backbone
 from anatomaly.benchmark import anomalib_bridge
-from anatomaly.benchmark import grid as benchmark
-from anatomaly.benchmark.grid import CELL, Entry, Failure, Grid, run_grid, slug
+from anatomaly.benchmark import run as benchmark
+from anatomaly.benchmark.grid import Entry, Grid, slug
 from anatomaly.benchmark.leaderboard import read_cells
+from anatomaly.benchmark.run import CELL, Failure, run_grid
 from anatomaly.cli import main
 from anatomaly.config import FitConfig, MethodConfig, TeacherConfig, TrainingConfig
 from anatomaly.data.manifest import load_manifest
@@ -70,7 +71,7 @@ def quick():
     """One process, short intervals, and a teacher that is built once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmark, "ProcessPoolExecutor", Here)
-        for module in ("evaluation", "leaderboard"):
+        for module in ("evaluation.evaluate", "benchmark.leaderboard"):
             patch.setattr(f"anatomaly.{module}.bootstrap", partial(bootstrap, samples=20))
         build = cache(build_backbone)
         for module in ("training", "bundle", "backbones"):
@@ -501,7 +502,7 @@ def test_a_worker_ends_with_its_parent():
     """A process whose parent is killed is gone within seconds, whatever it is doing."""
     code = (
         "import multiprocessing as m, time, os\n"
-        "from anatomaly.benchmark.grid import _start_worker\n"
+        "from anatomaly.benchmark.run import _start_worker\n"
         "def work():\n    _start_worker(1); print(os.getpid(), flush=True); time.sleep(600)\n"
         "if __name__ == '__main__':\n"
         "    p = m.get_context('fork').Process(target=work); p.start(); time.sleep(600)\n"

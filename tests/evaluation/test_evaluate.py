@@ -19,7 +19,8 @@ from PIL import Image
 from anatomaly.data.transforms import load
 from anatomaly.errors import ConfigError, ManifestError
 from anatomaly.evaluation import evaluate as evaluation
-from anatomaly.evaluation.evaluate import evaluate, pooled, table_of, write_evaluations
+from anatomaly.evaluation.cells import table_of, write_evaluations
+from anatomaly.evaluation.evaluate import evaluate, pooled
 from anatomaly.evaluation.metrics import auroc, bootstrap, image_metrics, pool_by_patient
 from anatomaly.evaluation.pixel_metrics import pixel_metrics
 from anatomaly.types import Intensity, Preprocessing

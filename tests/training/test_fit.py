@@ -20,10 +20,12 @@ from anatomaly.errors import AnatomalyError, ConfigError, OutputError, ReadError
 from anatomaly.methods import D24FAD, build_method
 from anatomaly.synthetic.phantom import MARKER, write_benchmark
 from anatomaly.training import fit as training
-from anatomaly.training import lesion_episodes
-from anatomaly.training.fit import StudentTraining, Validation, fit
+from anatomaly.training import lesion_episodes, loaders
+from anatomaly.training.fit import fit
+from anatomaly.training.validation import Validation
 from anatomaly.training.lesion_episodes import synthetic_images
-from anatomaly.training.validation import Preparation
+from anatomaly.training.loaders import Preparation
+from anatomaly.training.student import StudentTraining
 from anatomaly.types import Intensity, Preprocessing, Sample
 
 SMALL = Preprocessing(size=(64, 64))
@@ -606,7 +608,7 @@ def lesion_loader(manifest, method, **choices):
     """The loader of attention and the rows it was made of."""
     config = settings(**{"shots": 2, "batch_size": 2, **choices})
     rows = sorted(manifest.samples, key=lambda sample: sample.task)
-    return training._loader(method, rows, Preparation(SMALL, {}, "cpu"), config.training), rows
+    return loaders.training_loader(method, rows, Preparation(SMALL, {}, "cpu"), config.training), rows
 
 
 @pytest.mark.parametrize(("synthetic", "added"), [(0, 0), (4, 5)])

@@ -14,7 +14,8 @@ import numpy as np
 
 from anatomaly.config import FitConfig, MethodConfig, TeacherConfig
 from anatomaly.errors import ConfigError
-from anatomaly.evaluation.evaluate import evaluate, write_evaluations
+from anatomaly.evaluation.cells import write_evaluations
+from anatomaly.evaluation.evaluate import evaluate
 from anatomaly.evaluation.metrics import auroc, bootstrap, summarise_draws
 from anatomaly.evaluation.protocols import leave_one_task_out, samples_to_test, supports_at_most
 from anatomaly.files import write_whole

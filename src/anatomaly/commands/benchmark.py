@@ -53,8 +53,9 @@ def run_grid(options: Namespace) -> int:
     from rich.progress import Progress
     from rich.table import Table
 
-    from anatomaly.benchmark.grid import Grid, run_grid
+    from anatomaly.benchmark.grid import Grid
     from anatomaly.benchmark.leaderboard import read_cells
+    from anatomaly.benchmark.run import run_grid
     from anatomaly.benchmark.tables import tables, write_leaderboard
     from anatomaly.config import FitConfig
     from anatomaly.data.manifest import load_manifest

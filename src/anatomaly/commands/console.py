@@ -46,7 +46,7 @@ def print_table(title: str, results: Sequence[tuple[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from anatomaly.evaluation.evaluate import table_of
+    from anatomaly.evaluation.cells import table_of
 
     columns, rows, note = table_of(results)
     table = Table(title=title, caption=note, title_justify="left", caption_justify="left")

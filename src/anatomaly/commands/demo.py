@@ -10,7 +10,8 @@ from anatomaly.config import FitConfig, MethodConfig, TrainingConfig
 from anatomaly.data.manifest import load_manifest
 from anatomaly.data.transforms import load
 from anatomaly.errors import OutputError
-from anatomaly.evaluation.evaluate import Evaluation, evaluate, table_of
+from anatomaly.evaluation.cells import Evaluation, table_of
+from anatomaly.evaluation.evaluate import evaluate
 from anatomaly.evaluation.protocols import samples_to_test
 from anatomaly.presets import load_preset
 from anatomaly.results.folder import predict_to_folder

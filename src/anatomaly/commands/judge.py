@@ -157,7 +157,8 @@ def evaluate_arguments(parser: ArgumentParser) -> None:
 def run_evaluate(options: Namespace) -> int:
     """Run `evaluate`."""
     from anatomaly.data.manifest import load_manifest
-    from anatomaly.evaluation.evaluate import evaluate, pooled, write_evaluations
+    from anatomaly.evaluation.cells import write_evaluations
+    from anatomaly.evaluation.evaluate import evaluate, pooled
 
     manifest = load_manifest(Path(options.data))
     detector = load_detector(options)

@@ -2,61 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from anatomaly.data.loading import load_batches
-from anatomaly.errors import ConfigError, ReadError
+from anatomaly.errors import ConfigError
 from anatomaly.evaluation.metrics import image_metrics
 from anatomaly.evaluation.protocols import draw_supports
 from anatomaly.scoring import compare_tensor
 from anatomaly.synthetic.lesions import paste_lesion
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from torch import Tensor
-
     from anatomaly.config import FitConfig
     from anatomaly.data.manifest import Manifest
     from anatomaly.methods import Trainable
-    from anatomaly.types import Features, Intensity, Preprocessing, Sample
+    from anatomaly.training.loaders import Preparation
+    from anatomaly.types import Features
 
 VALIDATION_IMAGES = 32  # normals per task; as many again carry a pasted lesion
-_READ_BATCH = 32
-
-
-class Preparation(NamedTuple):
-    """How rows of any task become input tensors: geometry, the tasks' own intensity rules, and the device."""
-
-    preprocessing: Preprocessing
-    rules: Mapping[str, Intensity]
-    device: str
-
-    def of(self, task: str) -> Preprocessing:
-        """The preprocessing with the task's own intensity rule."""
-        return replace(self.preprocessing, intensity=self.rules.get(task, self.preprocessing.intensity))
-
-    def inputs(self, samples: Sequence[Sample]) -> Iterator[Tensor]:
-        """Batches (b, 3, H, W) of the rows in order; neighbouring rows of one task are read together.
-
-        Raises:
-            ReadError: A file cannot be read; training on fewer images than asked would go unnoticed.
-        """
-        start = 0
-        while start < len(samples):
-            task = samples[start].task
-            stop = next((i for i in range(start, len(samples)) if samples[i].task != task), len(samples))
-            for batch in load_batches(samples[start:stop], self.of(task), batch_size=_READ_BATCH):
-                broken = [item.error for item in batch if item.prepared is None]
-                if broken:
-                    raise ReadError(f"training: {broken[0]} Remove the file or correct it; see `anatomaly data check`.")
-                arrays = [item.prepared.input for item in batch if item.prepared is not None]
-                yield torch.from_numpy(np.stack(arrays)).to(self.device)
-            start = stop
 
 
 class Validation:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from anatomaly.backbones.vmamba.cross_scan import cross_merge, cross_scan, cross_selective_scan
 from anatomaly.errors import NotReadyError, ShapeError
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "ssm_unit.npz"
+GOLDEN = Path(__file__).parents[2] / "golden" / "ssm_unit.npz"
 BACKENDS = ("ref", "chunked", "numba")
 KERNELS = ("chunked", "numba")  # held to the yardstick, which is "ref" itself
 ARGUMENTS = ("u", "projected", "dt_weight", "dt_bias", "A", "D")

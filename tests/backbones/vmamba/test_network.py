@@ -17,7 +17,7 @@ from anatomaly.backbones.vmamba.network import SS2D, VMamba
 from anatomaly.backbones.weights import state_digest
 from anatomaly.errors import ConfigError, NotReadyError, ShapeError, WeightsError
 
-FOLDER = Path(__file__).parents[1] / "golden"
+FOLDER = Path(__file__).parents[2] / "golden"
 KEYS = {"vmamba_tiny": "keys_vanilla_vmamba_tiny.json", "vmamba_tiny_s1l8": "keys_vmamba_tiny_s1l8.json"}
 GOLDEN = {"vmamba_tiny": "vmamba_vanilla.npz", "vmamba_tiny_s1l8": "vmamba_s1l8.npz"}
 VARIANTS = tuple(KEYS)

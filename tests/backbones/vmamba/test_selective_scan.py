@@ -29,7 +29,7 @@ from anatomaly.backbones.vmamba.selective_scan import (
 )
 from anatomaly.errors import NotReadyError, ShapeError
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "ssm_unit.npz"
+GOLDEN = Path(__file__).parents[2] / "golden" / "ssm_unit.npz"
 BACKENDS = ("ref", "chunked", "numba")
 KERNELS = ("chunked", "numba")  # held to the yardstick, which is "ref" itself
 ARGUMENTS = ("u", "delta", "A", "B", "C", "D", "delta_bias")

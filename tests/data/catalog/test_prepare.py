@@ -23,7 +23,7 @@ from anatomaly.data.catalog.table import CATALOG
 from anatomaly.data.manifest import load_manifest
 from anatomaly.errors import ConfigError, ManifestError, OutputError
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[3] / "docs"
 
 _stream = io.BytesIO()
 PIL.Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).save(_stream, "PNG")
