@@ -74,7 +74,7 @@ def quick():
         for module in ("evaluation.evaluate", "benchmark.leaderboard"):
             patch.setattr(f"anatomaly.{module}.bootstrap", partial(bootstrap, samples=20))
         build = cache(build_backbone)
-        for module in ("training", "bundle", "backbones"):
+        for module in ("training.fit", "detector.bundle", "backbones"):
             patch.setattr(f"anatomaly.{module}.build_backbone", build)
         yield
 

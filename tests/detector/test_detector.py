@@ -1,5 +1,7 @@
 """The detector: supports and their banks, files in and predictions out, and official checkpoints."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from anatomaly.methods import METHODS
 from anatomaly.scoring import compare_tensor, encode_tensor, leave_one_out_maps, predict_tensor, scale_from_normals
 from anatomaly.types import Intensity, Preprocessing, Sample, Scoring
 
-GOLDEN = f"{__file__.rsplit('/', 1)[0]}/golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 FEW_SHOT = [name for name, method in METHODS.items() if method.needs_support]
 #: Of a query, where it is not one per level.

@@ -22,10 +22,10 @@ from anatomaly.synthetic.phantom import MARKER, write_benchmark
 from anatomaly.training import fit as training
 from anatomaly.training import lesion_episodes, loaders
 from anatomaly.training.fit import fit
-from anatomaly.training.validation import Validation
 from anatomaly.training.lesion_episodes import synthetic_images
 from anatomaly.training.loaders import Preparation
 from anatomaly.training.student import StudentTraining
+from anatomaly.training.validation import Validation
 from anatomaly.types import Intensity, Preprocessing, Sample
 
 SMALL = Preprocessing(size=(64, 64))
