@@ -551,7 +551,7 @@ def test_a_preset_is_where_an_entry_starts(phantom):
     from anatomaly.commands.benchmark import _entry
 
     entry = _entry("paper", {"preset": "pdd-release", "training": {"epochs": 3}}, BASE)
-    assert entry.config.method.pdd.cosine_sign == "release"
+    assert entry.config.method.settings.cosine_sign == "release"
     assert entry.config.training.epochs == 3
     assert entry.config.training.learning_rate == 2e-3
     assert entry.config.preprocessing.size == (256, 256)

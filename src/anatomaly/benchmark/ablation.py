@@ -8,7 +8,8 @@ import json
 import logging
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from anatomaly.evaluation.evaluate import evaluate
 from anatomaly.evaluation.metrics import auroc, bootstrap, summarise_draws
 from anatomaly.evaluation.protocols import leave_one_task_out, samples_to_test, supports_at_most
 from anatomaly.files import write_whole
+from anatomaly.presets import configured
 from anatomaly.training.fit import fit
 
 if TYPE_CHECKING:
@@ -36,16 +38,14 @@ logger = logging.getLogger(__name__)
 NEIGHBOURS = 64
 
 
-def _pdd(**changes: object) -> Callable[[FitConfig], FitConfig]:
+def _of(name: str, **changes: object) -> Callable[[FitConfig], FitConfig]:
     def change(base: FitConfig) -> FitConfig:
-        pdd = replace(base.method.pdd, **changes)  # type: ignore[arg-type]
-        return replace(base, method=replace(base.method, name="pdd", pdd=pdd))
+        return configured({"method": {"name": name, name: changes}}, base)
 
     return change
 
 
-def _d24fad(**changes: object) -> Callable[[FitConfig], FitConfig]:
-    return lambda base: replace(base, method=replace(base.method, name="d24fad", **changes))  # type: ignore[arg-type]
+_pdd, _d24fad, _attention = partial(_of, "pdd"), partial(_of, "d24fad"), partial(_of, "attention")
 
 
 def _one_student(**changes: object) -> Callable[[FitConfig], FitConfig]:
@@ -54,14 +54,6 @@ def _one_student(**changes: object) -> Callable[[FitConfig], FitConfig]:
 
 def _reverse_distillation(base: FitConfig) -> FitConfig:
     return replace(_one_student(mpa=False)(base), global_teacher=TeacherConfig("none"))
-
-
-def _attention(**changes: object) -> Callable[[FitConfig], FitConfig]:
-    def change(base: FitConfig) -> FitConfig:
-        attention = replace(base.method.attention, **changes)  # type: ignore[arg-type]
-        return replace(base, method=replace(base.method, name="attention", attention=attention))
-
-    return change
 
 
 def _attention_trained(**changes: object) -> Callable[[FitConfig], FitConfig]:
@@ -73,7 +65,7 @@ def _attention_maximum(base: FitConfig) -> FitConfig:
 
 
 def _nearest(base: FitConfig) -> FitConfig:
-    return replace(base, method=MethodConfig(name="nearest"))
+    return replace(base, method=MethodConfig("nearest"))
 
 
 def _nearest_global(base: FitConfig) -> FitConfig:
@@ -144,7 +136,7 @@ def run_ablation(
     out: Path,
     base: FitConfig,
     *,
-    method: Literal["pdd", "d24fad", "attention"],
+    method: str,
     rows: Sequence[str] = (),
     tasks: Sequence[str] = (),
     seeds: Sequence[int] = (0, 1, 2),

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -197,6 +197,7 @@ def _judge(grid: Grid, cell: Cell, entry: Entry, model: Path) -> Any:
     from anatomaly.backbones import build_backbone
     from anatomaly.benchmark.peers import build_peer
     from anatomaly.detector.detector import Detector, choose_device
+    from anatomaly.detector.facts import ModelFacts
     from anatomaly.methods import build_method
 
     settings = settings_of(grid, cell)
@@ -214,12 +215,12 @@ def _judge(grid: Grid, cell: Cell, entry: Entry, model: Path) -> Any:
             device=choose_device(settings.training.device),
             **entry.options,
         )
-    method = build_method(settings.method.name, teacher)
+    method = build_method(settings.method.name, [teacher], settings.method.settings)
     return Detector(
         method,
         preprocessing=settings.preprocessing,
         scoring=settings.scoring,
-        facts={"method": asdict(settings.method), "teacher": teacher.facts()},
+        facts=ModelFacts.of(settings.method, method),
         task_intensity=settings.task_intensity,
         device=settings.training.device,
     )
