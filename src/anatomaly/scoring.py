@@ -1,4 +1,4 @@
-"""Comparisons -> anomaly map -> image score.  Images never see their neighbours in the batch."""
+"""Comparisons -> anomaly map -> image score, each image by itself (the promise of `spine.predict_tensor`)."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
 """The spine every number comes from: `predict_tensor` and its two halves, without state.
 
 Training calls it to choose a checkpoint, benchmarks call it to measure, `Detector.predict` calls it to judge a scan:
-one function, and images that do not see their neighbours in the batch.
+one function, and one promise, at `predict_tensor`.
 """
 
 from __future__ import annotations
 
+from math import ceil
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from anatomaly.scoring import anomaly_map, blur, image_score
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
 
 #: Of teacher and student; maps and scores are float32 in any case.
 Precision = Literal["fp32", "bf16"]
+
+
+#: Images a CPU computes at a time, at most.  PyTorch takes another convolution for one image and, in one thread, for 16
+#: and more, whose last digits differ and are multiplied in what follows; from 2 to 15 it takes one and the same.
+_PART = 8
 
 
 class Scored(NamedTuple):
@@ -34,7 +40,32 @@ class Scored(NamedTuple):
 def encode_tensor(method: Method, images: Tensor, *, precision: Precision = "fp32") -> Sequence[Tensor]:
     """The part of a prediction that needs no support: (B, 3, H, W) images in [0, 1] -> student features per level."""
     with torch.inference_mode(), torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        return method.encode(method.extract(images))
+        parts = [method.encode(method.extract(part)) for part in _parts(images)]
+        return [torch.cat(level)[: len(images)] for level in zip(*parts, strict=True)]
+
+
+def embed_tensor(
+    method: Method, images: Tensor, *, precision: Precision = "fp32"
+) -> tuple[dict[str, Tensor], Sequence[Tensor]]:
+    """Supports (K, 3, H, W) in [0, 1] -> what `method.embed_support` and `method.encode` say of them."""
+    with torch.inference_mode(), torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        embedded, encoded = [], []
+        for part in _parts(images):
+            features = method.extract_support(part)
+            embedded.append(method.embed_support(features))
+            encoded.append(method.encode(features))
+        bank = {name: torch.cat([each[name] for each in embedded])[: len(images)] for name in embedded[0]}
+        return bank, [torch.cat(level)[: len(images)] for level in zip(*encoded, strict=True)]
+
+
+def _parts(images: Tensor) -> Iterator[Tensor]:
+    """A batch in parts whose sizes change no digit on a CPU, see `_PART`; a lone image comes twice."""
+    if images.device.type != "cpu":
+        yield images
+    elif len(images) == 1:
+        yield images.expand(2, *images.shape[1:])
+    else:
+        yield from torch.tensor_split(images, max(1, ceil(len(images) / _PART)))
 
 
 def compare_tensor(
@@ -61,6 +92,10 @@ def predict_tensor(
     precision: Precision = "fp32",
 ) -> Scored:
     """Judge a batch of images against a support.
+
+    The promise: on a CPU an image's score, map and weights depend on the image, the model and the support alone, to
+    within 1e-5; batch size and neighbours change nothing more.  It holds on every set of instructions, though two of
+    them may differ by more, and so may 1 and 2 threads.
 
     Args:
         method: In eval mode.
