@@ -202,13 +202,13 @@ def test_evaluation_is_once_and_of_the_tasks_own_rule(task, several, phantom):
     samples = judged(phantom, task)
     assert found.samples == samples
     check_close(found.scores[0], scores_of(detector, samples, DARK if task == "head_ct" else Intensity()))
-    columns, rows, note = table_of([("", found)])
-    assert columns[:2] == ["task", "image AUROC"]
-    assert {len(row) for row in rows} == {len(columns)}
-    assert note.startswith("No support")
-    columns, rows, _ = table_of([("pdd", found), ("d24fad", replace(found, shots=4))])
-    assert columns[:3] == ["task", "method", "K"]
-    assert [row[2] for row in rows] == ["0", "4"]
+    table = table_of([("", found)])
+    assert table.columns[:2] == ["task", "image AUROC"]
+    assert {len(row) for row in table.rows} == {len(table.columns)}
+    assert table.note.startswith("No support")
+    table = table_of([("pdd", found), ("d24fad", replace(found, shots=4))])
+    assert table.columns[:3] == ["task", "method", "K"]
+    assert [row[2] for row in table.rows] == ["0", "4"]
 
 
 def test_evaluate_on_the_command_line(several, phantom, tmp_path, capsys):

@@ -197,7 +197,8 @@ def test_the_table_says_what_evaluate_says(finished, phantom):
 
 def test_the_table_is_written_twice_alike(finished):
     out, results = finished
-    columns, cells = table_of(results)
+    table = table_of(results)
+    columns, cells = table.columns, table.rows
     assert columns == ["row", "head_ct"]
     assert [name for name, _ in cells] == FEW_SHOT["rows"]
     with (out / "ablation.csv").open(newline="") as stream:
@@ -210,9 +211,9 @@ def test_the_table_is_written_twice_alike(finished):
 def test_a_table_has_a_column_per_task_and_leaves_gaps():
     nan = float("nan")
     rows = [AblationRow("a", "x", 1, 0.5, nan, 0.4, 0.6), AblationRow("b", "y", 3, 0.75, 0.125, 0.5, 1.0)]
-    columns, cells = table_of(rows)
-    assert columns == ["row", "a", "b"]
-    assert cells == [["x", "0.500 (0.400 to 0.600)", ""], ["y", "", "0.750 ± 0.125 (0.500 to 1.000)"]]
+    table = table_of(rows)
+    assert table.columns == ["row", "a", "b"]
+    assert table.rows == [["x", "0.500 (0.400 to 0.600)", ""], ["y", "", "0.750 ± 0.125 (0.500 to 1.000)"]]
 
 
 def test_pdd_sees_the_judged_task_only_and_d24fad_all_others(finished, phantom, tmp_path, work):

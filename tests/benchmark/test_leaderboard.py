@@ -137,7 +137,7 @@ def test_rows_of_fewer_seeds_say_so():
     section = next(s for s in tables(rank(lacking), []) if s.title.startswith("brain, K = 2"))
     assert "3 seeds × 2 draws" in section.title
     place = section.columns.index("seeds")
-    assert {line[0]: line[place] for line in section.lines} == {"good": "3", "fair": "1", "nearest": "3"}
+    assert {line[0]: line[place] for line in section.rows} == {"good": "3", "fair": "1", "nearest": "3"}
     assert all("seeds" not in section.columns for section in tables(rank(CELLS), []))
 
 
@@ -237,10 +237,10 @@ def test_the_overview_has_one_column_per_task_and_no_mean_of_holes():
     holes = [c for c in CELLS if not (c.entry == "fair" and c.task == "chest")]
     (overview, *_) = tables(rank(holes), [])
     assert list(overview.columns) == ["method", "K", "brain", "chest", "mean"]
-    fair = [line for line in overview.lines if line[0] == "fair"]
+    fair = [line for line in overview.rows if line[0] == "fair"]
     assert [line[-1] for line in fair] == ["", ""]
     assert [line[-2] for line in fair] == ["", ""]
-    assert overview.best == {0, 3}
+    assert overview.bold == {(0, 0), (3, 0)}
 
 
 def test_one_class_has_no_column_for_shots():

@@ -274,7 +274,7 @@ def test_a_table_is_never_overwritten_and_a_failed_row_leaves_nothing(tmp_path, 
             def __getattr__(self, name):
                 return getattr(self.file, name)
 
-        monkeypatch.setattr(table, "_file", Full(table._file))
+        monkeypatch.setattr(table._file, "_files", [Full(file) for file in table._file._files])
         with pytest.raises(OutputError, match="The 2 rows written so far are complete"):
             table.append([{"a": 123456, "b": 2}])
         assert table.path.read_bytes() == before

@@ -12,8 +12,8 @@ import pytest
 import anatomaly.results.folder
 from anatomaly.errors import NotReadyError, OutputError
 from anatomaly.results.folder import predict_to_folder
-from anatomaly.results.page import Table
 from anatomaly.results.writer import read_scores
+from anatomaly.tables import Table
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from anatomaly.errors import OutputError
-from anatomaly.results.page import Table, write_report
+from anatomaly.results.page import write_report
 from anatomaly.results.pictures import render_map
+from anatomaly.tables import Table
 from anatomaly.types import Prediction, Sample
 
 SCALE = (0.0, 2.0)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from dataclasses import asdict
@@ -13,6 +11,7 @@ from anatomaly.audit.figure import draw_audit
 from anatomaly.audit.published import D24FAD_BATCH, PDD_BATCH
 from anatomaly.evaluation.metrics import summarise_draws
 from anatomaly.files import write_whole
+from anatomaly.tables import Table
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,16 +25,14 @@ def write_audit(audit: Audit, out: Path) -> None:
     Raises:
         OutputError: `out` cannot be written.
     """
-    stream = io.StringIO()
-    csv.writer(stream, lineterminator="\n").writerows(_lines(audit))
     write_whole(out / "audit.json", (json.dumps(_plain(_facts(audit)), indent=2) + "\n").encode())
-    write_whole(out / "audit.csv", stream.getvalue().encode(errors="backslashreplace"))
+    write_whole(out / "audit.csv", _figures(audit).csv())
     write_whole(out / "audit.png", draw_audit(audit))
     write_whole(out / "audit.md", explain(audit).encode(errors="backslashreplace"))
 
 
-def table_of(audit: Audit) -> tuple[list[str], list[list[str]]]:
-    """Column titles and one row of cells per evaluation."""
+def table_of(audit: Audit) -> Table:
+    """One row per evaluation."""
     draws = len(audit.runs.draws)
     columns = ["evaluation", "image AUROC", "95 % interval", "AP", "F1max", "images scored"]
     columns += ["best draw"] * (draws > 1)
@@ -45,7 +42,7 @@ def table_of(audit: Audit) -> tuple[list[str], list[list[str]]]:
         cells = [result.protocol, mean_sd(result.draws), "" if math.isnan(low) else f"{low:.3f} to {high:.3f}"]
         cells += [number(result.ap), number(result.f1max), f"{result.scored} of {result.total}"]
         rows.append(cells + [f"{max(result.draws):.3f} ({_signed(result.luck)})"] * (draws > 1))
-    return columns, rows
+    return Table(f"{audit.runs.source} on {audit.runs.task}", columns, rows)
 
 
 def mean_sd(values: tuple[float, ...]) -> str:
@@ -75,7 +72,6 @@ def explain(audit: Audit) -> str:
     normal = int((runs.labels == 0).sum())
     shots = "" if not runs.shots else f" K = {runs.shots} support images,"
     draws = f"{len(runs.draws)} support draws" if len(runs.draws) > 1 else "one run"
-    columns, rows = table_of(audit)
     lines = [
         f"# Audit of {runs.source} on {runs.task}",
         "",
@@ -83,7 +79,7 @@ def explain(audit: Audit) -> str:
         f"{len(runs.labels) - normal} anomalous test images. Image AUROC is the mean ± standard deviation over the "
         "draws; the interval is a bootstrap of that mean over test images (patients where known).",
         "",
-        *(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows)),
+        table_of(audit).markdown(),
         "",
         "![Image AUROC under every evaluation](audit.png)",
         "",
@@ -248,13 +244,14 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _lines(audit: Audit) -> list[list[object]]:
-    lines: list[list[object]] = [["task", "evaluation", "what", "number", "auroc", "scored", "total"]]
+def _figures(audit: Audit) -> Table:
+    """A figure per line."""
+    lines: list[list[object]] = []
 
     def add(result: ProtocolResult | None, evaluation: str, what: str, values: dict[int, float]) -> None:
         counts = ["", ""] if result is None else [result.scored, result.total]
         for place, value in values.items():
-            lines.append([audit.runs.task, evaluation, what, place, "" if math.isnan(value) else value, *counts])
+            lines.append([audit.runs.task, evaluation, what, place, value, *counts])
 
     found = {result.protocol: result for result in audit.results}
     for result in audit.results:
@@ -263,4 +260,4 @@ def _lines(audit: Audit) -> list[list[object]]:
     add(found.get("published-pdd"), "published-pdd", "other file names", dict(enumerate(audit.file_names)))
     for choice in audit.epochs:
         add(found.get(choice.protocol), choice.protocol, "epoch", dict(choice.aurocs))
-    return lines
+    return Table("", ["task", "evaluation", "what", "number", "auroc", "scored", "total"], lines)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import logging
 from collections import defaultdict
@@ -19,6 +18,7 @@ from anatomaly.evaluation.evaluate import evaluate
 from anatomaly.evaluation.metrics import auroc, bootstrap, summarise_draws
 from anatomaly.evaluation.protocols import leave_one_task_out, samples_to_test, supports_at_most
 from anatomaly.files import write_whole
+from anatomaly.tables import Table
 from anatomaly.training.fit import fit
 
 if TYPE_CHECKING:
@@ -251,16 +251,13 @@ def _read_scores(cell: Path) -> tuple[NDArray[np.float64], NDArray[np.int64], li
 
 
 def _write(results: Sequence[AblationRow], out: Path) -> None:
-    columns, cells = table_of(results)
-    stream = io.StringIO()
-    csv.writer(stream, lineterminator="\n").writerows([columns, *cells])
-    write_whole(out / "ablation.csv", stream.getvalue().encode())
-    lines = [f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *cells)]
-    write_whole(out / "ablation.md", ("\n".join(lines) + "\n").encode())
+    table = table_of(results)
+    write_whole(out / "ablation.csv", table.csv())
+    write_whole(out / "ablation.md", f"{table.markdown()}\n".encode())
 
 
-def table_of(results: Sequence[AblationRow]) -> tuple[list[str], list[list[str]]]:
-    """Column titles and cells: one line per row of the ablation, one column per task."""
+def table_of(results: Sequence[AblationRow], *, title: str = "") -> Table:
+    """One line per row of the ablation, one column per task."""
     tasks = list(dict.fromkeys(result.task for result in results))
     names = list(dict.fromkeys(result.name for result in results))
     found = {(result.task, result.name): result for result in results}
@@ -272,4 +269,4 @@ def table_of(results: Sequence[AblationRow]) -> tuple[list[str], list[list[str]]
         sd = "" if np.isnan(result.sd) else f" ± {result.sd:.3f}"
         return f"{result.auroc:.3f}{sd} ({result.low:.3f} to {result.high:.3f})"
 
-    return ["row", *tasks], [[name, *(cell(task, name) for task in tasks)] for name in names]
+    return Table(title, ["row", *tasks], [[name, *(cell(task, name) for task in tasks)] for name in names])

@@ -22,6 +22,7 @@ from anatomaly.evaluation.protocols import (
     samples_to_test,
 )
 from anatomaly.evaluation.support_lists import lists_digest, read_support_lists
+from anatomaly.files import file_digest
 
 if TYPE_CHECKING:
     from anatomaly.config import FitConfig, TeacherConfig
@@ -246,7 +247,7 @@ def keys_of(grid: Grid, lists: SupportLists) -> dict[Cell, dict[str, Any]]:
 def _fingerprint(manifest: Manifest) -> str:
     """Of a data set, masks included."""
     masks = sorted({row.mask for row in manifest if row.mask is not None})
-    digests = [hashlib.sha256(mask.read_bytes()).hexdigest() for mask in masks]
+    digests = [file_digest(mask) for mask in masks]
     return hashlib.sha256("\n".join([manifest.fingerprint(), *sorted(digests)]).encode()).hexdigest()
 
 

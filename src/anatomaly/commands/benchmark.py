@@ -49,9 +49,7 @@ def run_grid(options: Namespace) -> int:
     from dataclasses import replace
 
     from rich.console import Console
-    from rich.markup import escape
     from rich.progress import Progress
-    from rich.table import Table
 
     from anatomaly.benchmark.grid import Grid
     from anatomaly.benchmark.leaderboard import read_cells
@@ -97,15 +95,8 @@ def run_grid(options: Namespace) -> int:
             digest = json.loads((out / "supports.json").read_text(encoding="utf-8"))["digest"]
             note += f" The supports are those of supports.json, digest {digest[:16]}."
         rows, fought = write_leaderboard(cells, out, reference=reference if reference in done else None, note=note)
-        console = Console() if Console().is_terminal else Console(width=200)
-        for section in tables(rows, fought):
-            safe = section._replace(lines=[[escape(cell) for cell in line] for line in section.lines])
-            table = Table(title=section.title, title_justify="left")
-            for column in section.columns:
-                table.add_column(column, no_wrap=True)
-            for line in safe.cells("[bold]{}[/bold]".format):
-                table.add_row(*line)
-            console.print(table)
+        for table in tables(rows, fought):
+            table.print()
         print(f"{out}/leaderboard.html")
     for reason in dict.fromkeys(failure.reason for failure in failures):
         failed = [failure.cell for failure in failures if failure.reason == reason]
@@ -197,9 +188,6 @@ def ablation_arguments(parser: ArgumentParser) -> None:
 
 def run_ablation(options: Namespace) -> int:
     """Run `benchmark ablation`."""
-    from rich.console import Console
-    from rich.table import Table
-
     from anatomaly.benchmark import ablation
     from anatomaly.config import FitConfig
     from anatomaly.data.manifest import load_manifest
@@ -216,13 +204,7 @@ def run_ablation(options: Namespace) -> int:
         draws=options.draws,
         on_cell=print,
     )
-    columns, cells = ablation.table_of(results)
     over = f"mean ± sd over {len(options.seeds)} seeds (95 % interval over test images)"
-    table = Table(title=f"{options.whose}: image AUROC, {over}", title_justify="left")
-    for column in columns:
-        table.add_column(column)
-    for row in cells:
-        table.add_row(*row)
-    Console().print(table)
+    ablation.table_of(results, title=f"{options.whose}: image AUROC, {over}").print()
     print(f"{options.out}/ablation.md")
     return 0

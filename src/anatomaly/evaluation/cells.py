@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,6 +10,7 @@ import numpy as np
 
 from anatomaly.evaluation.metrics import Interval, summarise_draws
 from anatomaly.files import write_whole
+from anatomaly.tables import Table, csv_bytes, mean_sd
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,14 +56,12 @@ class Evaluation:
         return {name: summarise_draws([draw[name] for draw in self.metrics]) for name in self.metrics[0]}
 
 
-def table_of(results: Sequence[tuple[str, Evaluation]]) -> tuple[list[str], list[list[str]], str]:
-    """Lay evaluations out as a table.
+def table_of(results: Sequence[tuple[str, Evaluation]], *, title: str = "") -> Table:
+    """Lay evaluations out as a table, with a note on how to read it.
 
     Args:
         results: (name of the method or model, evaluation); names may be empty.
-
-    Returns:
-        Column titles, rows of cells, and a note on how to read them.
+        title: Of the table.
     """
     shown = [
         ("AP", "ap"),
@@ -76,15 +73,15 @@ def table_of(results: Sequence[tuple[str, Evaluation]]) -> tuple[list[str], list
         ("Dice max", "dice_max"),
     ]
     summaries = [result.summary() for _, result in results]
-    shown = [(title, key) for title, key in shown if any(key in summary for summary in summaries)]
+    shown = [(head, key) for head, key in shown if any(key in summary for summary in summaries)]
     named = any(name for name, _ in results)
     shots = ["K"] if any(result.shots for _, result in results) else []
-    columns = ["task", *["method"] * named, *shots, "image AUROC", "95 % interval", *(title for title, _ in shown)]
+    columns = ["task", *["method"] * named, *shots, "image AUROC", "95 % interval", *(head for head, _ in shown)]
     rows = []
     for (name, result), summary in zip(results, summaries, strict=True):
-        cells = [result.task, *[name] * named, *[str(result.shots)] * len(shots), _mean_sd(*summary["auroc"])]
+        cells = [result.task, *[name] * named, *[str(result.shots)] * len(shots), mean_sd(*summary["auroc"])]
         cells.append(f"{result.interval.low:.3f} to {result.interval.high:.3f}")
-        cells += [_mean_sd(*summary[key]) if key in summary else "" for _, key in shown]
+        cells += [mean_sd(*summary[key]) if key in summary else "" for _, key in shown]
         rows.append(cells)
     draws, scored = len(results[0][1].supports), len(results[0][1].samples)
     over = f"Mean ± standard deviation over {draws} support draws, {scored} test images" if shots else "No support"
@@ -97,11 +94,7 @@ def table_of(results: Sequence[tuple[str, Evaluation]]) -> tuple[list[str], list
     if masks:
         reason = next(iter(masks.values()))
         note += f" Masks left out of the pixel metrics, as they cannot be used: {len(masks)}; the first: {reason}"
-    return columns, rows, note
-
-
-def _mean_sd(mean: float, sd: float) -> str:
-    return f"{mean:.3f}" if np.isnan(sd) or sd < 5e-7 else f"{mean:.3f} ± {sd:.3f}"
+    return Table(title, columns, rows, note)
 
 
 def write_evaluations(results: Sequence[Evaluation], out: Path) -> None:
@@ -146,6 +139,4 @@ def write_evaluations(results: Sequence[Evaluation], out: Path) -> None:
             ]
     write_whole(out / "evaluation.json", (json.dumps(summary, indent=2) + "\n").encode())
     for name, table in (("draws.csv", draws), ("scores.csv", scores)):
-        stream = io.StringIO()
-        csv.writer(stream, lineterminator="\n").writerows(table)
-        write_whole(out / name, stream.getvalue().encode())
+        write_whole(out / name, csv_bytes(table))

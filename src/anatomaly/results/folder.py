@@ -12,7 +12,7 @@ from anatomaly.data.readers import sniff_format
 from anatomaly.data.volumes import write_volume
 from anatomaly.detector.conformal import Call, needed_calls, needed_normals, rejected_up_to, threshold, unit_of
 from anatomaly.errors import ConfigError
-from anatomaly.results.page import Table, shrink, write_report
+from anatomaly.results.page import shrink, write_report
 from anatomaly.results.writer import ResultWriter
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from anatomaly.detector.detector import Detector
+    from anatomaly.tables import Table
     from anatomaly.types import Calibration, Prediction, Sample
 
 _CASES = 200  # shown in the report; their pictures are kept in memory, shrunk

@@ -11,7 +11,6 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,28 +21,13 @@ from numpy.typing import NDArray
 from anatomaly.detector.conformal import Call, describe
 from anatomaly.files import write_whole
 from anatomaly.results.pictures import encode_picture, overlay, render_map
+from anatomaly.tables import Table, escaped
 from anatomaly.types import Calibration, Prediction
 
 _THUMBNAIL = 256  # longest side in pixels
 _BARS_PER_CASE = 8
 _GROUPS = {1: "anomalous", 0: "normal", None: "no label"}
 _COLOURS = {1: "#b4531a", 0: "#4a7fa8", None: "#6b7885"}
-
-
-class Table(NamedTuple):
-    """A table to print in the report.
-
-    Attributes:
-        title: Heading.
-        columns: Column heads.
-        rows: Cells as text, one per column.
-        note: A sentence below the table, or empty.
-    """
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    note: str = ""
 
 
 class _Reference(NamedTuple):
@@ -104,7 +88,7 @@ def write_report(
         for k, name in enumerate(bank_names)
     ]
     body = (
-        f"{_BANNER}<header><h1>{_text(title)}</h1>{_pairs(about or {}, 'about')}</header><main>"
+        f"{_BANNER}<header><h1>{escaped(title)}</h1>{_pairs(about or {}, 'about')}</header><main>"
         f"{_overview(predictions, scored, calls)}{_calibrated(scored, calibration, calls)}"
         f"{_reading_guide(references, scale, predictions)}"
         f"{_reference_gallery(references)}{_quality(metrics or {}, tables)}"
@@ -112,7 +96,7 @@ def write_report(
         f'<footer class="banner">{_WARNING}</footer>'
     )
     style = files("anatomaly.results").joinpath("page.css").read_text(encoding="utf-8")
-    page = _PAGE.format(title=_text(title), style=style, script=_SCRIPT, hash=_SCRIPT_HASH, body=body)
+    page = _PAGE.format(title=escaped(title), style=style, script=_SCRIPT, hash=_SCRIPT_HASH, body=body)
     write_whole(path, page.encode())
     return path
 
@@ -133,11 +117,6 @@ def _is_scored(prediction: Prediction) -> bool:
     return prediction.error is None and math.isfinite(prediction.score)
 
 
-def _text(value: object) -> str:
-    """Escaped for HTML; a file name that is not valid Unicode stays readable."""
-    return escape(str(value).encode(errors="backslashreplace").decode())
-
-
 def _number(value: float) -> str:
     return f"{value:#.4g}"
 
@@ -148,18 +127,8 @@ def _count(number: int, noun: str) -> str:
 
 def _pairs(pairs: Mapping[str, str], kind: str) -> str:
     """A mapping as a definition list, or nothing."""
-    items = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in pairs.items())
+    items = "".join(f"<div><dt>{escaped(name)}</dt><dd>{escaped(value)}</dd></div>" for name, value in pairs.items())
     return f'<dl class="{kind}">{items}</dl>' if items else ""
-
-
-def _table(table: Table) -> str:
-    head = "".join(f'<th scope="col">{_text(column)}</th>' for column in table.columns)
-    rows = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
-    note = f'<p class="note">{_text(table.note)}</p>' if table.note else ""
-    return (
-        f'<div class="scroll"><table><caption>{_text(table.title)}</caption><thead><tr>{head}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>{note}"
-    )
 
 
 def _overview(predictions: Sequence[Prediction], scored: Sequence[Prediction], calls: Sequence[Call]) -> str:
@@ -171,7 +140,7 @@ def _overview(predictions: Sequence[Prediction], scored: Sequence[Prediction], c
         facts |= {f"known to be {_GROUPS[k]}": str(sum(p.sample.label == k for p in scored)) for k in (0, 1)}
     return (
         f"<section><h2>Overview</h2>{_pairs(facts, 'facts')}{_histogram(scored, labels, calls)}"
-        f"{_table(_scores_by_label(scored, labels)) if labelled else ''}{_failures(failed)}</section>"
+        f"{_scores_by_label(scored, labels).html() if labelled else ''}{_failures(failed)}</section>"
     )
 
 
@@ -189,7 +158,7 @@ def _failures(failed: Sequence[Prediction]) -> str:
         return ""
     reasons = [p.error or f"{p.sample.name}: the score is not a finite number." for p in failed]
     items = "".join(
-        f"<li>{'' if p.sample.path.name in reason else f'<b>{_text(p.sample.name)}</b> '}{_text(reason)}</li>"
+        f"<li>{'' if p.sample.path.name in reason else f'<b>{escaped(p.sample.name)}</b> '}{escaped(reason)}</li>"
         for p, reason in zip(failed, reasons, strict=True)
     )
     heading = f"{_count(len(failed), 'image')} could not be scored"
@@ -225,7 +194,7 @@ def _histogram(scored: Sequence[Prediction], labels: Sequence[int | None], calls
             x = width * (call.score - scores.min()) / (np.ptp(scores) or 1.0)
             bars.append(
                 f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{height}" stroke="#a8201a" stroke-dasharray="5 4">'
-                f"<title>{_text(call.name)}: above {_number(call.score)}</title></line>"
+                f"<title>{escaped(call.name)}: above {_number(call.score)}</title></line>"
             )
     legend = "".join(f'<span style="--c:{_COLOURS[k]}">{_GROUPS[k]}</span>' for k in labels if labels != [None])
     lowest, highest, fullest = _number(scores.min()), _number(scores.max()), _count(tallest, "image")
@@ -255,8 +224,8 @@ def _calibrated(scored: Sequence[Prediction], calibration: Calibration | None, c
         f"{calibration.unit}s like those calibrated on, about 2 would score as high as this one or higher. It is not "
         f"the chance that the image is normal, and a high p-value does not rule out disease.{pooled}"
         f"{vague if calibration.guarantee == 'approximate' else ''}</p>"
-        f"<p>Calibrated on {_text(describe(calibration))} They hold for images from the same source: another scanner, "
-        f"protocol or age group needs its own calibration.</p>{_pairs(rules, 'about')}</section>"
+        f"<p>Calibrated on {escaped(describe(calibration))} They hold for images from the same source: another "
+        f"scanner, protocol or age group needs its own calibration.</p>{_pairs(rules, 'about')}</section>"
     )
 
 
@@ -296,7 +265,7 @@ def _reference_gallery(references: Sequence[_Reference]) -> str:
         return ""
     pictures = [_image(r.picture, f"Reference image {r.name}") if r.picture else "" for r in references]
     items = "".join(
-        f"<figure>{picture}<figcaption>{_text(r.name)}</figcaption></figure>"
+        f"<figure>{picture}<figcaption>{escaped(r.name)}</figcaption></figure>"
         for picture, r in zip(pictures, references, strict=True)
     )
     heading = "Normal reference image" + "s" * (len(references) > 1)
@@ -308,7 +277,7 @@ def _quality(metrics: Mapping[str, str], tables: Sequence[Table]) -> str:
         return ""
     return (
         f"<section><h2>Measured quality</h2>{_pairs(metrics, 'facts')}"
-        f"{''.join(_table(table) for table in tables)}</section>"
+        f"{''.join(table.html() for table in tables)}</section>"
     )
 
 
@@ -328,14 +297,14 @@ def _case(prediction: Prediction, rank: int, total: int, page: _Page) -> str:
     badge = f'<span class="badge" style="--c:{_COLOURS[sample.label]}">known to be {label}</span>'
     badge = badge if sample.label is not None else ""
     called = [call.name for call in page.calls if _is_called(prediction, call)]
-    badge += "".join(f' <span class="call">called at {_text(name)}</span>' for name in called)
-    badge += f' <span class="remark">{_text(prediction.note)}</span>' if prediction.note is not None else ""
+    badge += "".join(f' <span class="call">called at {escaped(name)}</span>' for name in called)
+    badge += f' <span class="remark">{escaped(prediction.note)}</span>' if prediction.note is not None else ""
     p_value = "" if prediction.p_value is None else f" p <b>{prediction.p_value:.3g}</b>"
     place = sample.task if sample.frame is None else f"{sample.task}, frame {sample.frame}"
     return (
-        f'<article data-name="{_text(sample.path)}" data-label="{label}"><header>'
+        f'<article data-name="{escaped(sample.path)}" data-label="{label}"><header>'
         f'<span class="rank" title="rank {rank} of {total}">{rank}</span>'
-        f'<div class="name"><h3>{_text(sample.name)}</h3><p>{_text(place)} {badge}</p></div>'
+        f'<div class="name"><h3>{escaped(sample.name)}</h3><p>{escaped(place)} {badge}</p></div>'
         f'<p class="score">score <b>{_number(prediction.score)}</b>{p_value}</p></header>'
         f'<div class="views">{_views(prediction, page.scale)}{_weights(prediction, page.references)}</div></article>'
     )
@@ -375,11 +344,11 @@ def _weights(prediction: Prediction, references: Sequence[_Reference]) -> str:
     padded = [*references, *(_Reference(f"reference {k + 1}", "") for k in range(len(references), len(shares)))]
     order = np.argsort(-shares, kind="stable")
     top = padded[int(order[0])]
-    verdict = f"Counted most: <b>{_text(top.name)}</b>"
+    verdict = f"Counted most: <b>{escaped(top.name)}</b>"
     if len(shares) > 1 and shares.max() < 1.1 * shares.mean():
         verdict = "All references counted about equally."
     rows = "".join(
-        f'<li><span class="who">{_text(padded[k].name)}</span>'
+        f'<li><span class="who">{escaped(padded[k].name)}</span>'
         f'<span class="bar"><i style="width:{shares[k]:.0%}"></i></span>'
         f'<span class="share">{shares[k]:.0%}</span></li>'
         for k in order[:_BARS_PER_CASE]
@@ -390,7 +359,7 @@ def _weights(prediction: Prediction, references: Sequence[_Reference]) -> str:
 
 
 def _image(uri: str, alt: str) -> str:
-    return f'<img src="{uri}" alt="{_text(alt)}">' if uri else '<span class="absent">not kept</span>'
+    return f'<img src="{uri}" alt="{escaped(alt)}">' if uri else '<span class="absent">not kept</span>'
 
 
 def _picture_uri(pixels: NDArray[np.uint8], *, kind: str = "JPEG") -> str:
