@@ -511,7 +511,7 @@ def test_evaluate_prints_a_table_and_writes_it(run, world, tmp_path):
     assert "image AUROC" in out
     [facts] = json.loads((tmp_path / "evaluation.json").read_text())
     assert (facts["task"], facts["shots"], facts["draws"], facts["images"]) == ("head_ct", 2, 1, 6)
-    assert len((tmp_path / "scores.csv").read_text().splitlines()) == 1 + 6
+    assert len((tmp_path / "test_scores.csv").read_text().splitlines()) == 1 + 6
     assert len((tmp_path / "draws.csv").read_text().splitlines()) == 1 + 1
 
 

@@ -18,7 +18,7 @@ from anatomaly.config import FitConfig, MethodConfig, PDDConfig, TeacherConfig, 
 from anatomaly.data.transforms import load
 from anatomaly.detector.detector import Detector
 from anatomaly.errors import ConfigError
-from anatomaly.evaluation.cells import table_of
+from anatomaly.evaluation.evaluation import table_of
 from anatomaly.evaluation.evaluate import evaluate
 from anatomaly.evaluation.metrics import bootstrap
 from anatomaly.evaluation.protocols import samples_to_test, split_normals
@@ -47,7 +47,8 @@ def settings(*, far="timm/resnet18", pdd=None, **choices):
 def quick():
     """Intervals of 20 samples, which nobody looks at; a teacher, which is frozen, is built once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("anatomaly.evaluation.evaluate.bootstrap", partial(bootstrap, samples=20))
+        for module in ("evaluate", "evaluation"):
+            patch.setattr(f"anatomaly.evaluation.{module}.bootstrap", partial(bootstrap, samples=20))
         build = cache(build_backbone)
         for module in ("anatomaly.training.fit", "anatomaly.detector.bundle"):
             patch.setattr(f"{module}.build_backbone", build)
@@ -221,7 +222,7 @@ def test_evaluate_on_the_command_line(several, phantom, tmp_path, capsys):
     tasks = [*phantom.tasks, "all tasks"]
     assert [(each["task"], each["shots"], each["draws"]) for each in facts] == [(task, 0, 1) for task in tasks]
     (expected,) = evaluate(several[1], phantom, task="head_ct")
-    rows = [row for row in csv.DictReader((tmp_path / "scores.csv").open()) if row["task"] == "head_ct"]
+    rows = [row for row in csv.DictReader((tmp_path / "test_scores.csv").open()) if row["task"] == "head_ct"]
     check_close([float(row["score"]) for row in rows], expected.scores[0])
 
 

@@ -119,7 +119,7 @@ def contents(out):
     return {
         file.relative_to(out): file.read_bytes()
         for file in sorted(out.rglob("*"))
-        if file.name in ("scores.csv", "draws.csv", "evaluation.json", "supports.json")
+        if file.name in ("test_scores.csv", "draws.csv", "evaluation.json", "supports.json")
     }
 
 
@@ -492,7 +492,7 @@ def test_the_command_works_in_processes_of_its_own(phantom, tmp_path, monkeypatc
     here = tmp_path / "here"
     monkeypatch.setattr(benchmark, "ProcessPoolExecutor", Here)
     assert main([*words[:4], str(here), *words[5:], *SMALL]) == 0
-    scores = [name for name in contents(here) if name.name in ("scores.csv", "supports.json")]  # intervals: see `quick`
+    scores = [name for name in contents(here) if name.name in ("test_scores.csv", "supports.json")]  # intervals: see `quick`
     assert len(scores) == 3
     for name in scores:
         assert (tmp_path / "out" / name).read_bytes() == (here / name).read_bytes()

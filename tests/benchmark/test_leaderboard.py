@@ -265,7 +265,7 @@ def stored(folder, **changes):
     (folder / "draws.csv").write_text(
         "task,shots,draw,supports,auroc,aupro\nbrain,2,0,a.png;b.png,0.5,\nbrain,2,1,c.png;d.png,1.0,0.25\n"
     )
-    (folder / "scores.csv").write_text(
+    (folder / "test_scores.csv").write_text(
         "task,shots,draw,path,frame,patient,label,score\n"
         "brain,2,0,x.png,,p1,0,1.5\nbrain,2,0,y.png,3,p2,1,1.25\nbrain,2,1,x.png,,p1,0,1\nbrain,2,1,y.png,3,p2,1,2\n"
     )
@@ -282,14 +282,23 @@ def test_a_cell_is_read_back(tmp_path):
     assert (found.seconds, found.peak_mib, found.training["seconds"]) == (2.5, None, 3.0)
 
 
+def test_a_cell_of_an_earlier_version_is_read_back(tmp_path):
+    """Its table of scores was called like that of `predict`."""
+    folder = stored(tmp_path / "a")
+    (now,) = read_cells([folder])
+    (folder / "test_scores.csv").rename(folder / "scores.csv")
+    (then,) = read_cells([folder])
+    assert str(then) == str(now)
+
+
 def test_one_unknown_patient_means_no_patients(tmp_path):
     folder = stored(tmp_path / "a")
-    text = (folder / "scores.csv").read_text()
-    (folder / "scores.csv").write_text(text.replace("p2", ""))
+    text = (folder / "test_scores.csv").read_text()
+    (folder / "test_scores.csv").write_text(text.replace("p2", ""))
     assert read_cells([folder])[0].groups is None
 
 
-@pytest.mark.parametrize("name", ["scores.csv", "draws.csv", "cell.json"])
+@pytest.mark.parametrize("name", ["test_scores.csv", "draws.csv", "cell.json"])
 def test_a_damaged_cell_is_named(tmp_path, name):
     folder = stored(tmp_path / "a")
     (folder / name).write_text("{" if name == "cell.json" else "draw,score,auroc,path\n0,x,y,z\n")

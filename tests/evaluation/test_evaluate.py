@@ -19,8 +19,9 @@ from PIL import Image
 from anatomaly.data.transforms import load
 from anatomaly.errors import ConfigError, ManifestError
 from anatomaly.evaluation import evaluate as evaluation
-from anatomaly.evaluation.cells import table_of, write_evaluations
-from anatomaly.evaluation.evaluate import evaluate, pooled
+from anatomaly.evaluation.cells import read_evaluation, write_evaluations
+from anatomaly.evaluation.evaluate import evaluate
+from anatomaly.evaluation.evaluation import pooled, table_of
 from anatomaly.evaluation.metrics import auroc, bootstrap, image_metrics, pool_by_patient
 from anatomaly.evaluation.pixel_metrics import pixel_metrics
 from anatomaly.types import Intensity, Preprocessing
@@ -53,7 +54,8 @@ def lesion(row):
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch):
     """Intervals of what the tests evaluate themselves are not looked at; those of `results` are made before this."""
-    monkeypatch.setattr("anatomaly.evaluation.evaluate.bootstrap", partial(bootstrap, samples=10))
+    for module in ("evaluate", "evaluation"):
+        monkeypatch.setattr(f"anatomaly.evaluation.{module}.bootstrap", partial(bootstrap, samples=10))
 
 
 @pytest.fixture(scope="module")
@@ -452,7 +454,7 @@ def _written(results, out, name):
 def test_written_files_read_back_as_the_results(results, tmp_path):
     summary = json.loads(_written(results, tmp_path / "out", "evaluation.json"))
     draws = list(csv.DictReader((tmp_path / "out" / "draws.csv").open(newline="", encoding="utf-8")))
-    scores = list(csv.DictReader((tmp_path / "out" / "scores.csv").open(newline="", encoding="utf-8")))
+    scores = list(csv.DictReader((tmp_path / "out" / "test_scores.csv").open(newline="", encoding="utf-8")))
     for facts, result in zip(summary, results, strict=True):
         assert (facts["task"], facts["shots"], facts["draws"], facts["images"]) == (TASK, result.shots, 2, 8)
         assert facts["auroc_interval"] == list(result.interval[1:])
@@ -469,6 +471,16 @@ def test_written_files_read_back_as_the_results(results, tmp_path):
             assert (Path(row["path"]), int(row["label"]), float(row["score"])) == (sample.path, sample.label, score)
             assert (int(row["shots"]), int(row["draw"]), row["frame"]) == (result.shots, number, "")
     assert next(stored, None) is None
+
+
+def test_a_written_evaluation_is_read_back(results, tmp_path):
+    write_evaluations(results[:1], tmp_path)
+    found, result = read_evaluation(tmp_path), results[0]
+    assert found.images == tuple((str(sample.path), "") for sample in result.samples)
+    np.testing.assert_array_equal(found.scores, result.scores)
+    assert found.labels.tolist() == [sample.label for sample in result.samples]
+    assert found.groups == tuple(sample.patient_id for sample in result.samples)
+    assert found.metrics == result.metrics
 
 
 def test_json_of_a_single_draw_holds_no_nan(results, tmp_path):
@@ -492,7 +504,7 @@ def test_a_multi_class_model_is_also_judged_over_all_tasks(phantom, make_detecto
     patients = [f"{sample.task}/{sample.patient_id}" for sample in whole.samples]
     assert whole.interval == bootstrap(auroc, scores[None], labels, groups=patients, samples=10)
     write_evaluations([*results, whole], tmp_path)
-    with (tmp_path / "scores.csv").open(newline="") as stream:
+    with (tmp_path / "test_scores.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert [row["task"] for row in rows] == [sample.task for sample in whole.samples], "every image once"
     assert json.loads((tmp_path / "evaluation.json").read_text())[-1]["task"] == "all tasks"

@@ -42,7 +42,7 @@ def progress(total: int) -> Any:
 
 
 def print_table(title: str, results: Sequence[tuple[str, Any]]) -> None:
-    """Print evaluations as `evaluation.cells.table_of` lays them out."""
-    from anatomaly.evaluation.cells import table_of
+    """Print evaluations as `evaluation.evaluation.table_of` lays them out."""
+    from anatomaly.evaluation.evaluation import table_of
 
     table_of(results, title=title).print()

@@ -10,7 +10,7 @@ from anatomaly.config import FitConfig, MethodConfig, TrainingConfig
 from anatomaly.data.manifest import load_manifest
 from anatomaly.data.transforms import load
 from anatomaly.errors import OutputError
-from anatomaly.evaluation.cells import Evaluation, table_of
+from anatomaly.evaluation.evaluation import Evaluation, table_of
 from anatomaly.evaluation.evaluate import evaluate
 from anatomaly.evaluation.protocols import samples_to_test
 from anatomaly.presets import load_preset

@@ -151,14 +151,15 @@ def evaluate_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--shots", type=list[int] | int, default=[2, 4, 8], help="Values of K; not PDD.")
     parser.add_argument("--draws", type=int, default=5, help="Support draws per K.")
     parser.add_argument("--seed", type=int, default=0, help="Of the draws.")
-    parser.add_argument("--out", type=str, help="Folder for evaluation.json, draws.csv and scores.csv.")
+    parser.add_argument("--out", type=str, help="Folder for evaluation.json, draws.csv and test_scores.csv.")
 
 
 def run_evaluate(options: Namespace) -> int:
     """Run `evaluate`."""
     from anatomaly.data.manifest import load_manifest
     from anatomaly.evaluation.cells import write_evaluations
-    from anatomaly.evaluation.evaluate import evaluate, pooled
+    from anatomaly.evaluation.evaluate import evaluate
+    from anatomaly.evaluation.evaluation import pooled
 
     manifest = load_manifest(Path(options.data))
     detector = load_detector(options)
