@@ -14,14 +14,15 @@ from torchvision.models import wide_resnet50_2
 
 from anatomaly.backbones import build_backbone
 from anatomaly.cli import main
-from anatomaly.config import FitConfig, MethodConfig, PDDConfig, TeacherConfig, TrainingConfig
+from anatomaly.config import FitConfig, MethodConfig, TeacherConfig, TrainingConfig
 from anatomaly.data.transforms import load
 from anatomaly.detector.detector import Detector
 from anatomaly.errors import ConfigError
-from anatomaly.evaluation.evaluation import table_of
 from anatomaly.evaluation.evaluate import evaluate
+from anatomaly.evaluation.evaluation import table_of
 from anatomaly.evaluation.metrics import bootstrap
 from anatomaly.evaluation.protocols import samples_to_test, split_normals
+from anatomaly.methods.settings import PDDSettings
 from anatomaly.results.writer import read_scores
 from anatomaly.scoring import predict_tensor, scale_from_normals
 from anatomaly.training.fit import fit
@@ -36,7 +37,7 @@ def settings(*, far="timm/resnet18", pdd=None, **choices):
     training = {"epochs": 1, "batch_size": 5, "learning_rate": 2e-3, "validate_every": 1, "device": "cpu"}
     return FitConfig(
         global_teacher=TeacherConfig(far, "random"),
-        method=MethodConfig("pdd", pdd=pdd or PDDConfig()),
+        method=MethodConfig("pdd", pdd or PDDSettings()),
         preprocessing=SMALL,
         training=TrainingConfig(**training),
         **choices,
@@ -142,7 +143,7 @@ def test_a_finished_run_is_not_trained_again(several, phantom, monkeypatch):
 
 
 def test_plain_reverse_distillation_has_one_teacher(phantom, tmp_path):
-    pdd = PDDConfig(mpa=False, two_students=False)
+    pdd = PDDSettings(mpa=False, two_students=False)
     detector = fit(phantom.select(task="head_ct"), tmp_path, settings(far="none", pdd=pdd))
     assert "global_teacher" not in json.loads((tmp_path / "config.json").read_text())
     loaded = Detector.load(tmp_path, device="cpu")

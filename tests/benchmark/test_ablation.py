@@ -13,12 +13,13 @@ from anatomaly.backbones import build_backbone
 from anatomaly.benchmark import ablation
 from anatomaly.benchmark.ablation import ABLATIONS, AblationRow, run_ablation, table_of
 from anatomaly.cli import main
-from anatomaly.config import FitConfig, MethodConfig, PDDConfig, TeacherConfig, TrainingConfig
+from anatomaly.config import FitConfig, MethodConfig, TeacherConfig, TrainingConfig
 from anatomaly.detector.detector import Detector
 from anatomaly.errors import ConfigError, ManifestError
 from anatomaly.evaluation.evaluate import evaluate
 from anatomaly.evaluation.metrics import auroc, bootstrap
 from anatomaly.methods import D24FAD, PDD, PatchAttention, PatchNearestNeighbours, build_method
+from anatomaly.methods.settings import PDDSettings
 from anatomaly.training import fit as training
 from anatomaly.types import Preprocessing, Scoring
 
@@ -164,7 +165,7 @@ def test_rows_choose_the_method_whatever_the_base_is(method, kind):
 
 def test_a_base_whose_students_share_weights_has_rows_of_one_student_too():
     """As the preset pdd-release has it."""
-    base = replace(BASE, method=MethodConfig("pdd", pdd=PDDConfig(shared_students=True, cosine_sign="release")))
+    base = replace(BASE, method=MethodConfig("pdd", PDDSettings(shared_students=True, cosine_sign="release")))
     teachers = [SimpleNamespace(channels=(8, 12, 16, 20), strides=(4, 8, 16, 32), signed=False)] * 2
     found = {}
     for name, change in ABLATIONS["pdd"].items():

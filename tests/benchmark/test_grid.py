@@ -492,7 +492,10 @@ def test_the_command_works_in_processes_of_its_own(phantom, tmp_path, monkeypatc
     here = tmp_path / "here"
     monkeypatch.setattr(benchmark, "ProcessPoolExecutor", Here)
     assert main([*words[:4], str(here), *words[5:], *SMALL]) == 0
-    scores = [name for name in contents(here) if name.name in ("test_scores.csv", "supports.json")]  # intervals: see `quick`
+    # intervals: see `quick`
+    scores = [
+        name for name in contents(here) if name.name in ("test_scores.csv", "supports.json")
+    ]  # intervals: see `quick`
     assert len(scores) == 3
     for name in scores:
         assert (tmp_path / "out" / name).read_bytes() == (here / name).read_bytes()
@@ -551,7 +554,7 @@ def test_a_preset_is_where_an_entry_starts(phantom):
     from anatomaly.commands.benchmark import _entry
 
     entry = _entry("paper", {"preset": "pdd-release", "training": {"epochs": 3}}, BASE)
-    assert entry.config.method.pdd.cosine_sign == "release"
+    assert entry.config.method.settings.cosine_sign == "release"
     assert entry.config.training.epochs == 3
     assert entry.config.training.learning_rate == 2e-3
     assert entry.config.preprocessing.size == (256, 256)

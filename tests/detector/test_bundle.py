@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from anatomaly.backbones import build_backbone
-from anatomaly.config import AttentionConfig, MethodConfig
+from anatomaly.config import MethodConfig
 from anatomaly.detector.bundle import load_bank, save_bank
 from anatomaly.detector.detector import Detector
 from anatomaly.errors import NotReadyError, OutputError, WeightsError
 from anatomaly.methods import build_method
+from anatomaly.methods.settings import AttentionSettings
 from anatomaly.types import Intensity, Preprocessing, Scoring, SupportBank
 
 OWN_FILE = "Smith_Jane_teacher.pth"
@@ -314,7 +315,7 @@ def test_a_bundle_older_than_some_settings_still_loads(bundle, make_detector, ph
 
 def attentive(teacher, **parts):
     """A detector of patch attention with some parts left out."""
-    method = MethodConfig("attention", attention=AttentionConfig(**parts))
+    method = MethodConfig("attention", AttentionSettings(**parts))
     return Detector(
         build_method(teachers=teacher, **asdict(method)),
         preprocessing=Preprocessing((64, 64)),

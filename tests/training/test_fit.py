@@ -12,12 +12,13 @@ from torch.optim import Adam
 from anatomaly.backbones.feature_cache import FeatureCache
 from anatomaly.backbones.teacher import Teacher
 from anatomaly.backbones.weights import state_digest
-from anatomaly.config import FitConfig, MethodConfig, PDDConfig, TeacherConfig, TrainingConfig
+from anatomaly.config import FitConfig, MethodConfig, TeacherConfig, TrainingConfig
 from anatomaly.data.manifest import load_manifest
 from anatomaly.detector.bundle import read_tensors
 from anatomaly.detector.detector import Detector
 from anatomaly.errors import AnatomalyError, ConfigError, OutputError, ReadError
 from anatomaly.methods import D24FAD, build_method
+from anatomaly.methods.settings import D24FADSettings, PDDSettings
 from anatomaly.synthetic.phantom import MARKER, write_benchmark
 from anatomaly.training import fit as training
 from anatomaly.training import lesion_episodes, loaders
@@ -247,7 +248,7 @@ OTHERS = {
     "training.seed 111, now 1": settings(epochs=3, seed=1),
     "preprocessing.resize squash, now pad": settings(epochs=3, preprocessing=replace(SMALL, resize="pad")),
     "method.distance flattened, now positionwise": replace(
-        settings(epochs=3), method=MethodConfig(distance="positionwise")
+        settings(epochs=3), method=MethodConfig("d24fad", D24FADSettings(distance="positionwise"))
     ),
     "teacher.normalise True, now False": replace(settings(epochs=3), teacher=TeacherConfig(normalise=False)),
     "task_intensity.fundus None, now": replace(settings(epochs=3), task_intensity={"fundus": Intensity("range", 0, 9)}),
@@ -490,7 +491,7 @@ def test_a_killed_run_of_pdd_goes_on_with_its_rate_and_to_the_bit(
     scans, tmp_path, monkeypatch, one_teacher, rates, shared
 ):
     config = settings(epochs=3, schedule="cosine", cosine_epochs=2)
-    config = replace(config, method=MethodConfig("pdd", pdd=PDDConfig(shared_students=shared)))
+    config = replace(config, method=MethodConfig("pdd", PDDSettings(shared_students=shared)))
     whole = fit(scans, tmp_path / "whole", config)
     expected = {epoch: [pytest.approx(cosine_rate(epoch, start=1e-3, period=2))] for epoch in range(3)}
     assert {epoch: list(each) for epoch, each in rates.items()} == expected

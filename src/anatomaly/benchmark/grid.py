@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -23,6 +23,7 @@ from anatomaly.evaluation.protocols import (
 )
 from anatomaly.evaluation.support_lists import lists_digest, read_support_lists
 from anatomaly.files import file_digest
+from anatomaly.methods import METHODS
 
 if TYPE_CHECKING:
     from anatomaly.config import FitConfig, TeacherConfig
@@ -56,7 +57,7 @@ class Entry:
     @property
     def trained(self) -> bool:
         """Whether `fit` makes a model before anything is judged."""
-        return self.peer is None and self.config.method.name != "nearest"
+        return self.peer is None and METHODS[self.config.method.name].trained
 
 
 @dataclass(frozen=True)
@@ -127,10 +128,10 @@ class Grid:
                 check_name(entry.teacher.name)
             if entry.peer is not None and build_algorithm(entry.peer, **entry.options).from_anomalib:
                 require_anomalib(entry.name)
-            few_shot = entry.peer is not None or entry.config.method.name != "pdd"
+            few_shot = entry.peer is not None or METHODS[entry.config.method.name].few_shot
             if self.protocol == "few_shot" and not few_shot:
                 raise ConfigError(f"benchmark: {entry.name} is a one-class method. Set protocol: one_class.")
-            one_class = entry.config.method.name in ("pdd", "attention")
+            one_class = METHODS[entry.config.method.name].one_class
             if self.protocol == "one_class" and entry.trained and not one_class:
                 raise ConfigError(f"benchmark: {entry.name} trains on other tasks. Set protocol: few_shot.")
             if self.protocol == "few_shot" and entry.trained:
@@ -244,7 +245,7 @@ def keys_of(grid: Grid, lists: SupportLists) -> dict[Cell, dict[str, Any]]:
             "peer": entry.peer,
             "options": dict(entry.options),
             "images": entry.images,
-            "settings": asdict(settings_of(grid, cell)),
+            "settings": settings_of(grid, cell).as_dict(),
             "draws": grid.draws if cell.shots else 1,
             "data": prints[tasks],
             "supports": lists_digest({cell.task: {cell.seed: supports_of(lists, cell)}}) if lists else None,

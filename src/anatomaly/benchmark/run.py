@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,9 +60,11 @@ def run_grid(
         The cells that failed; all others are finished.
 
     Raises:
-        ConfigError: `out` holds cells of other settings or data, or the supports are unusable.
+        ConfigError: `out` holds cells of other settings or data, the supports are unusable, or jobs is below 1.
         OutputError: `out` cannot be written.
     """
+    if jobs < 1:
+        raise ConfigError(f"benchmark: jobs is {jobs}, expected at least 1.")
     grid = replace(grid, manifest=grid.manifest.with_hashes())
     lists = support_lists_of(grid)
     keys = keys_of(grid, lists)
@@ -197,6 +199,7 @@ def _judge(grid: Grid, cell: Cell, entry: Entry, model: Path) -> Any:
     from anatomaly.backbones import build_backbone
     from anatomaly.benchmark.peers import build_peer
     from anatomaly.detector.detector import Detector, choose_device
+    from anatomaly.detector.facts import ModelFacts
     from anatomaly.methods import build_method
 
     settings = settings_of(grid, cell)
@@ -214,12 +217,12 @@ def _judge(grid: Grid, cell: Cell, entry: Entry, model: Path) -> Any:
             device=choose_device(settings.training.device),
             **entry.options,
         )
-    method = build_method(settings.method.name, teacher)
+    method = build_method(settings.method.name, [teacher], settings.method.settings)
     return Detector(
         method,
         preprocessing=settings.preprocessing,
         scoring=settings.scoring,
-        facts={"method": asdict(settings.method), "teacher": teacher.facts()},
+        facts=ModelFacts.of(settings.method, method),
         task_intensity=settings.task_intensity,
         device=settings.training.device,
     )

@@ -1,76 +1,27 @@
-"""The demo: train on four built-in tasks, judge a fifth that nobody trained on, write a report."""
+"""anatomaly demo: the whole chain on built-in images."""
 
 from __future__ import annotations
 
-import logging
-from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from anatomaly.config import FitConfig, MethodConfig, TrainingConfig
-from anatomaly.data.manifest import load_manifest
-from anatomaly.data.transforms import load
-from anatomaly.errors import OutputError
-from anatomaly.evaluation.evaluation import Evaluation, table_of
-from anatomaly.evaluation.evaluate import evaluate
-from anatomaly.evaluation.protocols import samples_to_test
-from anatomaly.presets import load_preset
-from anatomaly.results.folder import predict_to_folder
-from anatomaly.synthetic.phantom import write_benchmark
-from anatomaly.training.fit import fit
+from anatomaly.commands.console import print_table
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-logger = logging.getLogger(__name__)
-
-_TASK = "head_ct"
-_SHOTS = (2, 4, 8)
-_D24FAD = TrainingConfig(shots=2, epochs=20, learning_rate=1e-3, validate_every=5)
+    from jsonargparse import ArgumentParser, Namespace
 
 
-def demo(out: Path, *, seed: int = 0) -> tuple[Path, list[tuple[str, Evaluation]]]:
-    """Run the whole chain on built-in images.
+def demo_arguments(parser: ArgumentParser) -> None:
+    """Options of `demo`."""
+    parser.add_argument("--out", type=str, default="demo", help="Folder for data, model and report.")
+    parser.add_argument("--seed", type=int, default=0, help="Of the images, the training and the draws.")
 
-    Args:
-        out: Folder for data, models, results and report; one that holds a report already is refused.
-        seed: Of the images, the training and the draws.
 
-    Returns:
-        The report, and (method, evaluation) pairs for patch attention, D24FAD and patch nearest neighbours at 2, 4 and
-        8 shots.
+def run_demo(options: Namespace) -> int:
+    """Run `demo`."""
+    from anatomaly.benchmark.demo import demo
 
-    Raises:
-        OutputError: `out` cannot be written or holds an earlier demo.
-    """
-    report = out / "report.html"
-    if report.exists():
-        raise OutputError(f"{report}: already exists. Delete {out} or choose another --out.")
-    logger.info("Drawing five kinds of synthetic scans ...")
-    manifest = load_manifest(write_benchmark(out / "data", train=60, seed=seed))
-    logger.info("Training on %s ...", ", ".join(task for task in manifest.tasks if task != _TASK))
-    others = manifest.select(task=[task for task in manifest.tasks if task != _TASK])
-    ours = load_preset()
-    configs = {
-        "patch attention": replace(ours, training=replace(ours.training, seed=seed)),
-        "D24FAD": FitConfig(training=replace(_D24FAD, seed=seed)),
-        "patch nearest neighbours": FitConfig(method=MethodConfig(name="nearest")),
-    }
-    detectors = {name: fit(others, out / "models" / name.replace(" ", "_"), c) for name, c in configs.items()}
-    logger.info("Judging %s, which nobody trained on, at %s shots ...", _TASK, ", ".join(map(str, _SHOTS)))
-    results = [
-        (name, evaluation)
-        for name, detector in detectors.items()
-        for evaluation in evaluate(detector, manifest, task=_TASK, shots=_SHOTS, seed=seed)
-    ]
-    detector = detectors["patch attention"]
-    supports = results[1][1].supports[0]  # its K = 4, first draw
-    detector.set_support(supports, task=_TASK)
-    summary = predict_to_folder(
-        detector,
-        samples_to_test(manifest, _TASK),
-        out / "predictions",
-        title=f"anatomaly demo: {_TASK}, {len(supports)} reference images",
-        bank_images=[load(row, detector.ready().preprocessing).display for row in supports],
-        tables=[table_of(results, title="A task nobody trained on")],
-    )
-    return summary.report.replace(report), results
+    report, results = demo(Path(options.out), seed=options.seed)
+    print_table("A task nobody trained on", results)
+    print(f"Report: {report}")
+    return 0

@@ -12,40 +12,65 @@ import hashlib
 import json
 import math
 import platform
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from anatomaly._version import __version__
 from anatomaly.backbones import build_backbone
 from anatomaly.backbones.weights import load_strict, state_digest
-from anatomaly.errors import NotReadyError, WeightsError
+from anatomaly.config import check_intensity, check_preprocessing, check_scoring
+from anatomaly.detector.facts import TEACHERS, ModelFacts
+from anatomaly.errors import ConfigError, NotReadyError, WeightsError
 from anatomaly.files import write_whole
 from anatomaly.types import Calibration, Intensity, Preprocessing, Scoring, SupportBank
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     import torch
     from torch import Tensor
 
-    from anatomaly.backbones.teacher import Teacher
-    from anatomaly.methods import AnyMethod
+    from anatomaly.backbones.teacher import Teacher, TeacherFacts
+    from anatomaly.types import Method
 
 FORMAT = 1
 CONFIG, WEIGHTS, CALIBRATION = "config.json", "weights.safetensors", "calibration.json"
-#: What the facts call a method's teachers, in the method's own order.
-TEACHERS = ("teacher", "global_teacher")
 
 
-def save_bundle(folder: Path, method: AnyMethod, config: Mapping[str, Any]) -> None:
+@dataclass(frozen=True)
+class Bundle:
+    """What `config.json` of a bundle says.
+
+    Attributes:
+        facts: Method, teachers, training.
+        preprocessing: From file to network input.
+        task_intensity: Intensity rules of known tasks that differ from `preprocessing.intensity`.
+        scoring: From maps to scores.
+    """
+
+    facts: ModelFacts
+    preprocessing: Preprocessing
+    scoring: Scoring
+    task_intensity: Mapping[str, Intensity]
+
+    def __post_init__(self) -> None:
+        """Hold the settings to the same ranges as those of `fit`: somebody may have edited the file."""
+        check_preprocessing(self.preprocessing)
+        check_scoring(self.scoring)
+        for task, rule in self.task_intensity.items():
+            check_intensity(rule, f"task_intensity.{task}")
+
+
+def save_bundle(folder: Path, method: Method, bundle: Bundle) -> None:
     """Write a bundle; every file appears whole or not at all.
 
     Args:
         folder: Created if needed; files of an older bundle are replaced.
         method: Its trainable weights are stored.
-        config: JSON-able facts; format, versions and the weights' digest are added here.  Teachers whose weights came
-            from a "file" are stored too.
+        bundle: What it is; format, versions and the weights' digest are added here.  Teachers whose weights came from a
+            "file" are stored too.
 
     Raises:
         OutputError: The folder cannot be written.
@@ -53,16 +78,19 @@ def save_bundle(folder: Path, method: AnyMethod, config: Mapping[str, Any]) -> N
     state = method.state_dict()
     facts = {
         "format": FORMAT,
-        **config,
+        **bundle.facts.as_dict(),
+        "preprocessing": asdict(bundle.preprocessing),
+        "task_intensity": {task: asdict(rule) for task, rule in bundle.task_intensity.items()},
+        "scoring": asdict(bundle.scoring),
         "weights_hash": state_digest(state),
         "versions": {"anatomaly": __version__, "torch": _version("torch"), "python": platform.python_version()},
         "note": "Research only, not for clinical use.",
     }
     write_tensors(folder / WEIGHTS, state)
-    teachers = dict(zip(TEACHERS, method.teachers.values(), strict=False))
+    teachers = dict(zip(TEACHERS, zip(method.teachers.values(), bundle.facts.teachers, strict=True), strict=False))
     for role in TEACHERS:
-        if role in teachers and config[role]["weights"] == "file":
-            write_tensors(teacher_file(folder, role), teachers[role].body.state_dict())
+        if role in teachers and teachers[role][1].weights == "file":
+            write_tensors(teacher_file(folder, role), teachers[role][0].body.state_dict())
         else:
             teacher_file(folder, role).unlink(missing_ok=True)  # of an older bundle; `Detector.load` would take it
     (folder / CALIBRATION).unlink(missing_ok=True)  # likewise
@@ -74,87 +102,71 @@ def teacher_file(folder: Path, role: str) -> Path:
     return folder / f"{role}.safetensors"
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read a bundle's facts; preprocessing, intensity rules and scoring come as the records they are.
+def read_bundle(folder: Path) -> tuple[Bundle, str]:
+    """What a bundle says, and the digest of its weights.
 
     Raises:
-        NotReadyError: The folder is not a bundle, or one of a newer format.
+        NotReadyError: The folder is not a bundle, one of a newer format, or a value in it is out of range.
     """
     file = folder / CONFIG
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
-        version = facts["format"]
-        if version == FORMAT:
-            facts = _with_records(facts)
-    except (OSError, ValueError, KeyError, TypeError) as err:
+        if facts["format"] != FORMAT:
+            raise NotReadyError(f"{folder}: bundle format {facts['format']}, expected {FORMAT}. Update anatomaly.")
+        bundle = Bundle(
+            ModelFacts.from_dict(facts),
+            _preprocessing(facts["preprocessing"]),
+            Scoring(**facts["scoring"]),
+            {task: Intensity(**rule) for task, rule in dict(facts["task_intensity"]).items()},
+        )
+        return bundle, str(facts["weights_hash"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
         raise NotReadyError(
             f"{folder}: not a model bundle (no usable {CONFIG}). Make one with `anatomaly fit` or `anatomaly import`."
         ) from err
-    if version != FORMAT:
-        raise NotReadyError(f"{folder}: bundle format {version}, expected {FORMAT}. Update anatomaly.")
-    return dict(facts)
+    except ConfigError as err:
+        raise NotReadyError(f"{file}: is damaged ({err}) Copy the whole bundle again.") from err
 
 
-def _with_records(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts with their records rebuilt; a KeyError, TypeError or ValueError where a part is missing or damaged."""
-    return {
-        **facts,
-        "method": {
-            **{key: facts["method"][key] for key in ("name", "distance", "softmax_scale", "tsd_weight")},
-            # Bundles older than these settings have none of them.
-            "self_distillation": facts["method"].get("self_distillation", True),
-            "learn_to_weight": facts["method"].get("learn_to_weight", True),
-            "pdd": dict(facts["method"].get("pdd", {})),
-            "attention": dict(facts["method"].get("attention", {})),
-        },
-        **{
-            role: {key: facts[role][key] for key in ("name", "weights", "normalise", "hash")}
-            for role in TEACHERS
-            if role in facts or role == "teacher"
-        },
-        "preprocessing": _preprocessing(facts["preprocessing"]),
-        "task_intensity": {task: Intensity(**rule) for task, rule in dict(facts["task_intensity"]).items()},
-        "scoring": Scoring(**facts["scoring"]),
-        "weights_hash": str(facts["weights_hash"]),
-    }
-
-
-def load_teacher(folder: Path, role: str, facts: Mapping[str, Any], weights: str | None) -> Teacher:
+def load_teacher(
+    folder: Path, role: str, facts: TeacherFacts, weights: str | None, given: Teacher | None = None
+) -> Teacher:
     """Build a bundle's teacher and make sure that it is the one the student was trained with.
 
     Args:
         folder: The bundle.
         role: One of `TEACHERS`.
-        facts: What `read_config` says under that name.
+        facts: What the bundle says of it.
         weights: File to take the weights from instead of where the bundle says.
+        given: The teacher itself, where it is no named one.
 
     Raises:
         WeightsError: The weights cannot be had, or are others.
     """
     own = teacher_file(folder, role)
-    stored = str(own) if own.is_file() else facts["weights"]
-    if stored == "file" and weights is None:
+    stored = str(own) if own.is_file() else facts.weights
+    if stored == "file" and weights is None and given is None:
         raise WeightsError(
-            f"{own}: missing; {facts['name']} had its weights from a file, and the bundle keeps a copy here. "
+            f"{own}: missing; {facts.name} had its weights from a file, and the bundle keeps a copy here. "
             f"Copy the whole bundle again, or pass the weights with --{role}.weights FILE."
         )
-    teacher = build_backbone(facts["name"], weights=weights or stored, normalise=facts["normalise"])
-    if teacher.weights_hash != facts["hash"]:
+    teacher = given or build_backbone(facts.name, weights=weights or stored, normalise=facts.normalise)
+    if teacher.weights_hash != facts.hash:
         raise WeightsError(
-            f"{folder}: trained with {facts['name']} weights {facts['hash'][:12]}..., found "
+            f"{folder}: trained with {facts.name} weights {facts.hash[:12]}..., found "
             f"{teacher.weights_hash[:12]}... Pass the same weights with --{role}.weights FILE."
         )
     return teacher
 
 
-def load_weights(folder: Path, method: torch.nn.Module, *, expected: str) -> None:
+def load_weights(folder: Path, method: Method, *, expected: str) -> None:
     """Load a bundle's weights into a freshly built method.
 
     Raises:
         WeightsError: The file is missing, does not fit, or its values are not those that `config.json` names.
     """
     state = read_tensors(folder / WEIGHTS)
-    load_strict(method, state, where=str(folder / WEIGHTS))
+    load_strict(cast("torch.nn.Module", method), state, where=str(folder / WEIGHTS))
     if (got := state_digest(state)) != expected:
         raise WeightsError(
             f"{folder / WEIGHTS}: digest {got[:16]}..., {CONFIG} says {expected[:16]}... "

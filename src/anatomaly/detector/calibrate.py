@@ -128,7 +128,7 @@ def calibrate_on_support(
         units[key] = [each._replace(score=score) for each, score in zip(members, scores, strict=True)]
     rule = intensity or detector.task_intensity.get(task, detector.preprocessing.intensity)
     # A percentile rule has looked at the image that is left out.
-    sound = detector.facts["method"]["name"] == "nearest" and rule.rule != "percentile"
+    sound = detector.facts.record.conservative_leave_one_out and rule.rule != "percentile"
     calibration = _filled(
         detector.setting(bank),
         units,

@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from anatomaly.backbones.weights import state_digest
-from anatomaly.config import check_preprocessing, check_scoring, check_stored
+from anatomaly.config import check_preprocessing, check_scoring
 from anatomaly.data.layouts import samples_of
 from anatomaly.data.loading import load_batches
 from anatomaly.data.readers import read_image
 from anatomaly.data.transforms import load, resolve_intensity, restore_map
 from anatomaly.detector.bundle import (
-    CONFIG,
-    TEACHERS,
+    Bundle,
     load_bank,
     load_calibrations,
     load_teacher,
     load_weights,
-    read_config,
+    read_bundle,
     save_bank,
     save_bundle,
     save_calibrations,
 )
 from anatomaly.detector.conformal import best_fit, misfit, with_p_value
+from anatomaly.detector.facts import TEACHERS, model_hash
 from anatomaly.errors import ConfigError, NotReadyError
 from anatomaly.methods import build_method
 from anatomaly.scoring import compare_tensor, encode_tensor, leave_one_out_maps, scale_from_normals
@@ -41,10 +39,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from anatomaly.backbones.teacher import Teacher
     from anatomaly.data.transforms import Prepared
-    from anatomaly.methods import AnyMethod
+    from anatomaly.detector.facts import ModelFacts
     from anatomaly.scoring import Precision, Scored
-    from anatomaly.types import Sample
+    from anatomaly.types import Method, Sample
 
 
 class Detector:
@@ -54,7 +53,7 @@ class Detector:
         method: Teacher and student.
         preprocessing: The one way from a file to the model's input.
         scoring: Blur and pooling.
-        facts: JSON-able facts for the bundle: "method", "teacher", "training".
+        facts: What it says of itself: `ModelFacts.of(config.method, method)`.
         task_intensity: Intensity rules of known tasks that differ from `preprocessing.intensity`.
         device: Where to compute.
         precision: "fp32", or "bf16" (faster on CPUs with AVX-512 bf16 or AMX and on GPUs).
@@ -63,11 +62,11 @@ class Detector:
 
     def __init__(
         self,
-        method: AnyMethod,
+        method: Method,
         *,
         preprocessing: Preprocessing,
         scoring: Scoring,
-        facts: Mapping[str, Any],
+        facts: ModelFacts,
         task_intensity: Mapping[str, Intensity] | None = None,
         device: str = "auto",
         precision: Precision = "fp32",
@@ -81,10 +80,10 @@ class Detector:
         self.preprocessing = preprocessing
         self.task_intensity = dict(task_intensity or {})
         self.scoring = scoring
-        self.facts = dict(facts)
+        self.facts = facts
         self.precision: Precision = precision
         self.bank: SupportBank | None = None
-        self.model_hash = _model_hash(method, self.facts)
+        self.model_hash = model_hash(facts, method)
         self.calibrations = tuple(calibrations)
 
     @classmethod
@@ -96,6 +95,7 @@ class Detector:
         precision: Precision = "fp32",
         teacher_weights: str | None = None,
         global_teacher_weights: str | None = None,
+        teachers: Sequence[Teacher] | None = None,
     ) -> Detector:
         """Load a bundle made by `fit` or `anatomaly import`.
 
@@ -105,27 +105,27 @@ class Detector:
             precision: "fp32" or "bf16".
             teacher_weights: File to take the teacher's weights from instead of where the bundle says.
             global_teacher_weights: Likewise for the second teacher of PDD.
+            teachers: The frozen backbones, where they are your own (`Teacher.of_module`).
 
         Raises:
             NotReadyError: The folder is not a bundle, its settings are out of range, or its calibration is damaged.
             WeightsError: The teacher's weights cannot be had, or are not those the student was trained with.
         """
         folder = Path(bundle)
-        config = read_config(folder)
-        check_stored(config, str(folder / CONFIG))
-        teachers = [
-            load_teacher(folder, role, config[role], weights)
-            for role, weights in zip(TEACHERS, (teacher_weights, global_teacher_weights), strict=True)
-            if role in config
+        told, weights_hash = read_bundle(folder)
+        facts, files = told.facts, (teacher_weights, global_teacher_weights)
+        frozen = [
+            load_teacher(folder, role, told, weights, own)
+            for role, told, weights, own in zip(TEACHERS, facts.teachers, files, teachers or (None, None), strict=False)
         ]
-        method = build_method(teachers=teachers, **config["method"])
-        load_weights(folder, method, expected=config["weights_hash"])
+        method = build_method(facts.name, frozen, facts.method.settings)
+        load_weights(folder, method, expected=weights_hash)
         return cls(
             method,
-            preprocessing=config["preprocessing"],
-            scoring=config["scoring"],
-            facts={key: config[key] for key in ("method", *TEACHERS, "training", "map_ranges") if key in config},
-            task_intensity=config["task_intensity"],
+            preprocessing=told.preprocessing,
+            scoring=told.scoring,
+            facts=facts,
+            task_intensity=told.task_intensity,
             device=device,
             precision=precision,
             calibrations=load_calibrations(folder),
@@ -137,13 +137,8 @@ class Detector:
         Raises:
             OutputError: The folder cannot be written.
         """
-        facts = {
-            **self.facts,
-            "preprocessing": asdict(self.preprocessing),
-            "task_intensity": {task: asdict(rule) for task, rule in self.task_intensity.items()},
-            "scoring": asdict(self.scoring),
-        }
-        save_bundle(Path(bundle), self.method, facts)
+        told = Bundle(self.facts, self.preprocessing, self.scoring, self.task_intensity)
+        save_bundle(Path(bundle), self.method, told)
         if self.calibrations:
             self.save_calibrations(bundle)
 
@@ -215,7 +210,7 @@ class Detector:
     def _check_takes_support(self) -> None:
         if not self.method.needs_support:
             raise ConfigError(
-                f"support: {self.facts['method']['name']} learned what is normal in training and compares with no "
+                f"support: {self.facts.name} learned what is normal in training and compares with no "
                 "support images. Leave out --support and --bank."
             )
 
@@ -227,9 +222,10 @@ class Detector:
     def empty_bank(self, task: str, *, intensity: Intensity | None = None) -> SupportBank:
         """Like `set_task`, but only return the bank; a `ConfigError` where the method needs support images."""
         if self.method.needs_support:
-            name = self.facts["method"]["name"]
-            raise ConfigError(f"support: {name} needs normal images to compare with. Give --support or --bank.")
-        ranges = self.facts.get("map_ranges", {})
+            raise ConfigError(
+                f"support: {self.facts.name} needs normal images to compare with. Give --support or --bank."
+            )
+        ranges = self.facts.map_ranges
         task = next(iter(ranges)) if task == "task" and len(ranges) == 1 else task  # unnamed: the one it was trained on
         rule = intensity or self.task_intensity.get(task, self.preprocessing.intensity)
         if rule.rule == "percentile":
@@ -415,12 +411,3 @@ def choose_device(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: cuda asked for, this machine has none that torch can use. Pass --device cpu.")
     return device
-
-
-def _model_hash(method: AnyMethod, facts: Mapping[str, Any]) -> str:
-    """Digest of everything a bank's tensors depend on besides its images: weights, teacher scaling, choices."""
-    others = {"pdd", "attention"} - {facts["method"]["name"]}
-    own = {key: value for key, value in facts["method"].items() if key not in others}
-    teachers = ((teacher.name, teacher.normalise, teacher.weights_hash) for teacher in method.teachers.values())
-    choices = repr((own, *(fact for teacher in teachers for fact in teacher)))
-    return hashlib.sha256((choices + state_digest(method.state_dict())).encode()).hexdigest()

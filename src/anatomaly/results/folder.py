@@ -204,9 +204,9 @@ def _about(detector: Detector, task: str) -> dict[str, str]:
     """The facts of the model that a reader of the report may need."""
     preprocessing, scoring = detector.preprocessing, detector.scoring
     pooled = f"mean of the highest {100 * scoring.top_fraction:g} %" if scoring.pooling == "topk" else scoring.pooling
-    training = detector.facts.get("training", {})
+    training = detector.facts.training
     about = {
-        "Method": detector.facts["method"]["name"],
+        "Method": detector.facts.name,
         "Teacher": ", ".join(f"{t.name} ({t.weights_hash[:12]})" for t in detector.method.teachers.values()),
         "Model": detector.model_hash[:12],
         "Task": task,

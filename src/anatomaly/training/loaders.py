@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from anatomaly.config import TrainingConfig
-    from anatomaly.methods import AnyMethod, Trainable
-    from anatomaly.types import Features, Intensity, Sample
+    from anatomaly.types import Features, Intensity, Method, Sample
 
 
 from typing import TYPE_CHECKING, NamedTuple
@@ -36,8 +35,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from anatomaly.methods import Trainable
-    from anatomaly.types import Features, Intensity, Preprocessing, Sample
+    from anatomaly.types import Features, Intensity, Method, Preprocessing, Sample
 
 _READ_BATCH = 32
 
@@ -73,27 +71,27 @@ class Preparation(NamedTuple):
 
 
 def training_loader(
-    method: Trainable, rows: Sequence[Sample], prepare: Preparation, settings: TrainingConfig
+    method: Method, rows: Sequence[Sample], prepare: Preparation, settings: TrainingConfig, *, learns_from: str
 ) -> DataLoader[Batch]:
-    """Batches of training rows, drawn as the method learns from them."""
+    """Batches of training rows, drawn as the method learns from them (`methods.MethodRecord.learns_from`)."""
     fetch = _source(method, rows, prepare, settings)
-    if method.learns_from_lesions:
+    if learns_from == "lesions":
         return _lesion_loader(method, rows, fetch, prepare, settings)
     tasks = [sample.task for sample in rows]
-    shots = settings.shots if method.needs_support else 0
+    shots = 0 if learns_from == "normals" else settings.shots
     sampler = EpisodeSampler(tasks, shots=shots, resample=settings.resample, seed=settings.seed)
     return DataLoader(Episodes(fetch), batch_size=settings.batch_size, sampler=sampler, collate_fn=as_is)
 
 
 def _lesion_loader(
-    method: Trainable,
+    method: Method,
     rows: Sequence[Sample],
     fetch: Callable[[Tensor, slice], Features],
     prepare: Preparation,
     settings: TrainingConfig,
 ) -> DataLoader[Batch]:
     """Batches with pasted lesions: of the training rows and, unless these are built-in images too, of built-in ones."""
-    more, synthetic = synthetic_images(synthetic_images_of(method, rows, settings), prepare.preprocessing.size)
+    more, synthetic = synthetic_images(synthetic_images_of(rows, settings), prepare.preprocessing.size)
     with torch.inference_mode():
         batches = [
             method.extract(images.to(prepare.device))["teacher"] for images in torch.split(synthetic, _READ_BATCH)
@@ -122,14 +120,14 @@ def _lesion_loader(
     return DataLoader(episodes, batch_size=None, sampler=StepSampler())
 
 
-def synthetic_images_of(method: AnyMethod, rows: Iterable[Sample], settings: TrainingConfig) -> int:
-    """Images of each built-in task that join the training: none where the rows are built-in images themselves."""
+def synthetic_images_of(rows: Iterable[Sample], settings: TrainingConfig) -> int:
+    """Images of each built-in task that join those with lesions: none where the rows are built-in images themselves."""
     drawn = any(is_drawn(file) for file in {row.task: row.path for row in rows}.values())
-    return settings.synthetic if method.learns_from_lesions and not drawn else 0
+    return 0 if drawn else settings.synthetic
 
 
 def _source(
-    method: Trainable, rows: Sequence[Sample], prepare: Preparation, settings: TrainingConfig
+    method: Method, rows: Sequence[Sample], prepare: Preparation, settings: TrainingConfig
 ) -> Callable[[Tensor, slice], Features]:
     """Teacher features of training rows by index, computed once per image as far as the cache's budgets reach."""
     disk = settings.cache_disk_gib * 2**30

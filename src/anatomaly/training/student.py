@@ -19,6 +19,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from anatomaly.detector.bundle import read_tensors, write_tensors
 from anatomaly.files import output_error, write_whole
+from anatomaly.methods import METHODS
 from anatomaly.training.episodes import Batch
 from anatomaly.training.loaders import Preparation, training_loader
 from anatomaly.training.validation import Validation
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
     from anatomaly.config import FitConfig
     from anatomaly.data.manifest import Manifest
-    from anatomaly.methods import Trainable
+    from anatomaly.types import Method
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class StudentTraining(lightning.LightningModule):
     """
 
     def __init__(
-        self, method: Trainable, validate: Callable[[], dict[str, float]], folder: Path, config: FitConfig
+        self, method: Method, validate: Callable[[], dict[str, float]], folder: Path, config: FitConfig
     ) -> None:
         super().__init__()
         self.method = method
@@ -128,12 +129,12 @@ class WholeCheckpoints(TorchCheckpointIO):
 
 
 def train_student(
-    method: Trainable, train: Manifest, held_out: Manifest, prepare: Preparation, folder: Path, config: FitConfig
+    method: Method, train: Manifest, held_out: Manifest, prepare: Preparation, folder: Path, config: FitConfig
 ) -> dict[str, Any]:
     """Run Lightning's loop, load the best weights into the method and return the best epoch and its figure."""
     settings = config.training
     rows = sorted(train.samples, key=lambda sample: sample.task)  # read task by task; sorting is stable
-    loader = training_loader(method, rows, prepare, settings)
+    loader = training_loader(method, rows, prepare, settings, learns_from=METHODS[config.method.name].learns_from)
     validate = Validation(method, train, held_out, prepare, config)
     module = StudentTraining(method, validate, folder, config)
     callbacks: list[Callback] = [ModelCheckpoint(folder, filename="last", enable_version_counter=False)]

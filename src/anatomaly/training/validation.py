@@ -16,9 +16,8 @@ from anatomaly.synthetic.lesions import paste_lesion
 if TYPE_CHECKING:
     from anatomaly.config import FitConfig
     from anatomaly.data.manifest import Manifest
-    from anatomaly.methods import Trainable
     from anatomaly.training.loaders import Preparation
-    from anatomaly.types import Features
+    from anatomaly.types import Features, Method
 
 VALIDATION_IMAGES = 32  # normals per task; as many again carry a pasted lesion
 
@@ -35,7 +34,7 @@ class Validation:
     """
 
     def __init__(
-        self, method: Trainable, train: Manifest, held_out: Manifest, prepare: Preparation, config: FitConfig
+        self, method: Method, train: Manifest, held_out: Manifest, prepare: Preparation, config: FitConfig
     ) -> None:
         self.method = method
         self.config = config
