@@ -68,23 +68,19 @@ def phantom(tmp_path_factory):
 @pytest.fixture(scope="session")
 def make_detector(lite0):
     """make_detector("nearest", size=(64, 96), ...): an untrained, seeded detector at 64 px, new at every call."""
-    from dataclasses import asdict
-
     from anatomaly.config import MethodConfig
     from anatomaly.detector.detector import Detector
+    from anatomaly.detector.facts import ModelFacts
     from anatomaly.methods import build_method
     from anatomaly.types import Preprocessing, Scoring
 
     def make(name="d24fad", *, teacher=lite0, seed=0, scoring=None, task_intensity=None, **preprocessing):
-        teachers = [teacher, teacher] if name == "pdd" else [teacher]
+        method = build_method(name, [teacher, teacher], seed=seed)
         return Detector(
-            build_method(name, teachers, seed=seed),
+            method,
             preprocessing=Preprocessing(**{"size": (64, 64), **preprocessing}),
             scoring=scoring or Scoring(),
-            facts={
-                "method": asdict(MethodConfig(name=name)),
-                **{role: one.facts() for role, one in zip(("teacher", "global_teacher"), teachers, strict=False)},
-            },
+            facts=ModelFacts.of(MethodConfig(name), method),
             task_intensity=task_intensity,
             device="cpu",
         )

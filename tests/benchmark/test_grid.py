@@ -33,6 +33,7 @@ from anatomaly.evaluation.support_lists import lists_digest, read_support_lists
 from anatomaly.types import Preprocessing
 
 BASE = FitConfig(
+    MethodConfig("d24fad"),
     global_teacher=TeacherConfig("timm/resnet18", "random"),
     preprocessing=Preprocessing((64, 64)),
     training=TrainingConfig(shots=2, epochs=1, batch_size=5, validate_every=1, device="cpu"),
