@@ -15,11 +15,11 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from PIL import Image
+from scores import read_scores
 
 from anatomaly import __version__, cli
 from anatomaly.cli import COMMANDS, main
 from anatomaly.evaluation.metrics import bootstrap
-from anatomaly.results.writer import read_scores
 
 TINY = ("--teacher.weights=random", "--preprocessing.size=[64,64]", "--training.shots=1", "--training.batch_size=2")
 

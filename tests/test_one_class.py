@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scores import read_scores
 from torchvision.models import wide_resnet50_2
 
 from anatomaly.backbones import build_backbone
@@ -23,7 +24,6 @@ from anatomaly.evaluation.evaluation import table_of
 from anatomaly.evaluation.metrics import bootstrap
 from anatomaly.evaluation.protocols import samples_to_test, split_normals
 from anatomaly.methods.settings import PDDSettings
-from anatomaly.results.writer import read_scores
 from anatomaly.scoring import predict_tensor, scale_from_normals
 from anatomaly.training.fit import fit
 from anatomaly.types import Intensity, Preprocessing

@@ -15,7 +15,7 @@ import numpy as np
 
 from anatomaly.audit.collect import Collector, draws_to_keep, shuffled_draws
 from anatomaly.audit.measure import Runs, require_labels
-from anatomaly.audit.published import RunScores, file_order
+from anatomaly.audit.published import ACROSS, RunScores, file_order
 from anatomaly.data.layouts import label_of
 from anatomaly.errors import ConfigError, ManifestError, ReadError
 from anatomaly.evaluation.cells import SCORES
@@ -167,11 +167,10 @@ def _notes(mapped: bool, blur: float, size: tuple[int, int] | None, epochs: int)
     notes = []
     if not mapped:
         notes.append(
-            "These are scores without maps: the blur across the batch (`published-d24fad`) needs the maps and is left "
-            "out."
+            f"These are scores without maps: the blur across the batch (`{ACROSS}`) needs the maps and is left out."
         )
     elif blur == 0:
-        notes.append("The maps are taken as blurred already: `published-d24fad` blurs along the batch only.")
+        notes.append(f"The maps are taken as blurred already: `{ACROSS}` blurs along the batch only.")
     else:
         notes.append(f"The maps are taken as unblurred; every protocol blurs them in the plane with sigma {blur:g}.")
     if size is not None:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from anatomaly.audit.figure import draw_audit
-from anatomaly.audit.published import D24FAD_BATCH, PDD_BATCH
+from anatomaly.audit.published import ACROSS, ACROSS_BATCH, FIRST, FIRST_BATCH, SOUND
 from anatomaly.evaluation.metrics import summarise_draws
 from anatomaly.files import write_whole
 from anatomaly.tables import Table
@@ -99,7 +99,7 @@ def _examples(audit: Audit) -> str:
 
 def paragraphs(audit: Audit) -> list[str]:
     """The explanation, one statement per figure."""
-    sound = audit.result("sound")
+    sound = audit.result(SOUND)
     found = {result.protocol: result for result in audit.results}
     said = [
         f"**sound, {mean_sd(sound.draws)}**: every image is blurred alone and every image is scored. This is what the "
@@ -116,20 +116,18 @@ def paragraphs(audit: Audit) -> list[str]:
             "`sound`, the tool scores maps of another size (`predict` those of the network, before they are brought to "
             "the grid of the file), turns a map into a score in another way, or lets other images into it."
         )
-    if d24fad := found.get("published-d24fad"):
-        said.append(_across(audit, d24fad, sound))
+    if across := found.get(ACROSS):
+        said.append(_across(audit, across, sound))
     elif audit.runs.draws[0].across is not None:
-        said.append(
-            f"**published-d24fad** scores no image: there are fewer than {D24FAD_BATCH}, and it drops the rest."
-        )
-    said.append(_first_of_ten(audit, found["published-pdd"]))
+        said.append(f"**{ACROSS}** scores no image: there are fewer than {ACROSS_BATCH}, and it drops the rest.")
+    said.append(_first_of_ten(audit, found[FIRST]))
     if len(sound.draws) > 1:
         said.append(
             f"**A lucky support draw** adds {_signed(sound.luck)} under the sound evaluation (best of "
             f"{len(sound.draws)} draws {max(sound.draws):.3f}, mean {sound.auroc:.3f}, worst {min(sound.draws):.3f}). "
             "A figure of a single draw may lie anywhere in this range."
         )
-    said += [_epoch(choice) for choice in audit.epochs if choice.protocol in ("sound", audit.release)]
+    said += [_epoch(choice) for choice in audit.epochs if choice.protocol in (SOUND, audit.release)]
     said += [_together(audit)]
     return said + list(audit.runs.notes)
 
@@ -137,8 +135,8 @@ def paragraphs(audit: Audit) -> list[str]:
 def _across(audit: Audit, result: ProtocolResult, sound: ProtocolResult) -> str:
     shuffled = audit.runs.shuffled
     text = (
-        f"**published-d24fad, {mean_sd(result.draws)}** ({_signed(result.auroc - sound.auroc)} on sound): D²4FAD's "
-        f"release smooths the maps of a batch as one block of {D24FAD_BATCH} images, so that an image's own weight in "
+        f"**{ACROSS}, {mean_sd(result.draws)}** ({_signed(result.auroc - sound.auroc)} on sound): D²4FAD's "
+        f"release smooths the maps of a batch as one block of {ACROSS_BATCH} images, so that an image's own weight in "
         "its score is 0.10 to 0.20 and the rest comes from its neighbours in the file list. The list is sorted by "
         "class: the neighbours carry the label into the score. The last incomplete batch is dropped, "
         f"{_images(sound.scored - result.scored)}."
@@ -156,8 +154,8 @@ def _first_of_ten(audit: Audit, result: ProtocolResult) -> str:
     mean, sd, low, high = audit.file_name_range()
     undefined = sum(math.isnan(value) for value in audit.file_names)
     text = (
-        f"**published-pdd, {mean_sd(result.draws)}**: PDD's single-class release scores the first image of every batch "
-        f"of {PDD_BATCH}, {result.scored} of {result.total}, and calls it anomalous if any image of the batch is "
+        f"**{FIRST}, {mean_sd(result.draws)}**: PDD's single-class release scores the first image of every batch "
+        f"of {FIRST_BATCH}, {result.scored} of {result.total}, and calls it anomalous if any image of the batch is "
         f"(true here of {_images(result.relabelled, 'normal ')})."
     )
     if not math.isnan(mean):
@@ -182,7 +180,7 @@ def _epoch(choice: Any) -> str:
 
 
 def _together(audit: Audit) -> str:
-    sound = audit.result("sound")
+    sound = audit.result(SOUND)
     several = len(audit.runs.draws) > 1
     parts = []
     for habits in audit.as_released:
@@ -210,9 +208,9 @@ def _facts(audit: Audit) -> dict[str, Any]:
             | ({"lucky_draw_adds": result.luck} if len(result.draws) > 1 else {})
             for result in audit.results
         },
-        "shuffled_loader": {"protocol": "published-d24fad", "auroc": list(runs.shuffled)},
+        "shuffled_loader": {"protocol": ACROSS, "auroc": list(runs.shuffled)},
         "other_file_names": {
-            "protocol": "published-pdd",
+            "protocol": FIRST,
             "mean": mean,
             "sd": sd,
             "low": low,
@@ -256,8 +254,8 @@ def _figures(audit: Audit) -> Table:
     found = {result.protocol: result for result in audit.results}
     for result in audit.results:
         add(result, result.protocol, "draw", dict(enumerate(result.draws)))
-    add(found.get("published-d24fad"), "published-d24fad", "shuffled loader", dict(enumerate(audit.runs.shuffled)))
-    add(found.get("published-pdd"), "published-pdd", "other file names", dict(enumerate(audit.file_names)))
+    add(found.get(ACROSS), ACROSS, "shuffled loader", dict(enumerate(audit.runs.shuffled)))
+    add(found.get(FIRST), FIRST, "other file names", dict(enumerate(audit.file_names)))
     for choice in audit.epochs:
         add(found.get(choice.protocol), choice.protocol, "epoch", dict(choice.aurocs))
     return Table("", ["task", "evaluation", "what", "number", "auroc", "scored", "total"], lines)

@@ -16,7 +16,7 @@ from anatomaly.results.page import shrink, write_report
 from anatomaly.results.writer import ResultWriter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Hashable, Iterable, Sequence
     from pathlib import Path
 
     import numpy as np
@@ -57,7 +57,6 @@ def predict_to_folder(
     task: str = "task",
     title: str = "Anomaly report",
     bank_images: Sequence[NDArray[np.float32]] = (),
-    metrics: Mapping[str, str] | None = None,
     tables: Sequence[Table] = (),
     maps: bool = True,
     overlays: bool = True,
@@ -78,7 +77,6 @@ def predict_to_folder(
         task: Task name of items given as files.
         title: Heading of the report.
         bank_images: The support images, each (C, H, W) in [0, 1], for the report.
-        metrics: Measured quality for the report, as label and text.
         tables: More tables for the report.
         maps: Write maps as arrays (and volumes).
         overlays: Write overlays as pictures.
@@ -124,7 +122,6 @@ def predict_to_folder(
         bank_images=bank_images,
         scale=bank.map_range,
         about=_about(detector, bank.task),
-        metrics=metrics,
         tables=tables,
         calibration=calibration,
         calls=calls,

@@ -52,7 +52,6 @@ def write_report(
     bank_images: Sequence[NDArray[Any]] = (),
     scale: tuple[float, float],
     about: Mapping[str, str] | None = None,
-    metrics: Mapping[str, str] | None = None,
     tables: Sequence[Table] = (),
     calibration: Calibration | None = None,
     calls: Sequence[Call] = (),
@@ -68,8 +67,7 @@ def write_report(
         bank_images: The support images, each (C, H, W) in [0, 1], as far as they are at hand.
         scale: (low, high) in map units, the one colour scale of the page.
         about: What the run was, such as model, data set and date, as label and text.
-        metrics: Measured quality, such as the AUROC with its interval, as label and text.
-        tables: More tables, printed after the metrics.
+        tables: Measured quality.
         calibration: Where the p-values of the predictions come from.
         calls: The rules by which images were called anomalous.
         max_cases: The highest-scored cases to show; the page says how many are left out.
@@ -91,7 +89,7 @@ def write_report(
         f"{_BANNER}<header><h1>{escaped(title)}</h1>{_pairs(about or {}, 'about')}</header><main>"
         f"{_overview(predictions, scored, calls)}{_calibrated(scored, calibration, calls)}"
         f"{_reading_guide(references, scale, predictions)}"
-        f"{_reference_gallery(references)}{_quality(metrics or {}, tables)}"
+        f"{_reference_gallery(references)}{_quality(tables)}"
         f"{_cases(scored, _Page(references, scale, calls), max_cases)}</main>"
         f'<footer class="banner">{_WARNING}</footer>'
     )
@@ -272,13 +270,9 @@ def _reference_gallery(references: Sequence[_Reference]) -> str:
     return f'<section><h2>{heading}</h2><div class="gallery">{items}</div></section>'
 
 
-def _quality(metrics: Mapping[str, str], tables: Sequence[Table]) -> str:
-    if not metrics and not tables:
-        return ""
-    return (
-        f"<section><h2>Measured quality</h2>{_pairs(metrics, 'facts')}"
-        f"{''.join(table.html() for table in tables)}</section>"
-    )
+def _quality(tables: Sequence[Table]) -> str:
+    shown = "".join(table.html() for table in tables)
+    return f"<section><h2>Measured quality</h2>{shown}</section>" if shown else ""
 
 
 def _cases(scored: Sequence[Prediction], page: _Page, max_cases: int) -> str:

@@ -7,7 +7,6 @@ write never leaves half a row.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import itertools
@@ -21,7 +20,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from anatomaly.errors import ManifestError
 from anatomaly.files import Appender, output_error, write_whole
 from anatomaly.results.pictures import checked_scale, encode_picture, overlay
 from anatomaly.tables import csv_bytes
@@ -29,7 +27,6 @@ from anatomaly.types import Prediction, Sample
 
 #: Columns of `scores.csv` that every run has; `weight_0` ... `weight_<K-1>` follow where there is a support bank.
 COLUMNS = ("path", "frame", "task", "label", "score", "status", "error", "seconds", "map", "overlay", "p_value", "note")
-_LATER_COLUMNS = {"p_value", "note"}  # tables of older runs have none
 
 
 class ResultWriter:
@@ -180,42 +177,3 @@ def _plain_name(name: str) -> str:
     """`name` without characters that need quoting, at most 100 bytes, never empty or hidden."""
     plain = re.sub(r"[^\w.-]+", "_", name).strip(".")
     return plain.encode()[:100].decode(errors="ignore") or "image"
-
-
-def read_scores(path: Path) -> list[dict[str, str | int | float | None]]:
-    """Read `scores.csv` back.
-
-    Args:
-        path: The table a `ResultWriter` wrote.
-
-    Returns:
-        One dict per row in file order: frame and label int, score, p_value, seconds and weights float, the others str;
-        None where the table is empty.  Tables of older runs lack p_value and note.
-
-    Raises:
-        ManifestError: The table is missing, lacks a column, or a row is incomplete.
-    """
-    advice = "Give the scores.csv of a run."
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            header, *lines = [line for line in csv.reader(file) if line] or [[]]
-    except (OSError, ValueError, csv.Error) as err:
-        raise ManifestError(f"{path}: cannot be read as a table of scores ({err}). {advice}") from err
-    missing = [column for column in COLUMNS if column not in header and column not in _LATER_COLUMNS]
-    if missing:
-        raise ManifestError(f"{path}: has no column {missing[0]!r}. {advice}")
-    rows: list[dict[str, str | int | float | None]] = []
-    try:
-        for line in lines:
-            rows.append({column: _cell(column, text) for column, text in zip(header, line, strict=True)})  # noqa: PERF401
-    except ValueError as err:
-        raise ManifestError(f"{path}: row {len(rows) + 1} is incomplete or damaged. Remove or repair it.") from err
-    return rows
-
-
-def _cell(column: str, text: str) -> str | int | float | None:
-    if text == "":
-        return None
-    if column in ("frame", "label"):
-        return int(text)
-    return float(text) if column in ("score", "p_value", "seconds") or column.startswith("weight_") else text
