@@ -19,7 +19,7 @@ import pytest
 from anatomaly.backbones import build_backbone
 from anatomaly.benchmark import anomalib_bridge
 from anatomaly.benchmark import run as benchmark
-from anatomaly.benchmark.grid import Entry, Grid, slug
+from anatomaly.benchmark.grid import Entry, Grid, settings_of, slug
 from anatomaly.benchmark.leaderboard import read_cells
 from anatomaly.benchmark.run import CELL, Failure, run_grid
 from anatomaly.cli import main
@@ -410,6 +410,18 @@ def test_grids_that_cannot_work_are_refused_at_once(phantom, entries, changes, m
         Grid(phantom, settings.pop("protocol"), entries, [BASE.teacher], **settings)
 
 
+def test_an_entry_may_have_a_teacher_of_its_own(phantom):
+    own = TeacherConfig("timm/resnet18", "random")
+    alone = Entry("alone", NEAREST.config, teacher=own)
+    whole = grid(phantom, NEAREST, alone, tasks=("head_ct",), seeds=(0,), shots=(2,))
+    teachers = {cell.entry: settings_of(whole, cell).teacher for cell in whole.cells()}
+    assert len(whole.cells()) == 2
+    assert teachers == {"nearest": BASE.teacher, "alone": own}
+    assert {cell.teacher for cell in Grid(phantom, "few_shot", [alone], ()).cells()} == {"timm/resnet18"}
+    with pytest.raises(ConfigError, match="teachers: got none"):
+        Grid(phantom, "few_shot", [alone, NEAREST], ())
+
+
 def test_peers_that_cannot_work_are_refused_at_once(phantom, monkeypatch):
     monkeypatch.setattr(anomalib_bridge, "find_spec", lambda name: None)
     with pytest.raises(NotReadyError, match=r"anomalib is not installed. Run: pip install 'anatomaly\[peers\]'"):
@@ -458,6 +470,18 @@ def test_names_become_folders():
 
 
 SMALL = ["--preprocessing.size", "[64, 64]", "--shots", "1", "--draws", "2", "--seeds", "0"]
+
+
+def test_the_command_takes_the_teacher_of_a_method_over_the_common_ones(phantom, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("anatomaly.benchmark.run.run_grid", lambda grid, out, **_: asked.append(grid) or [])
+    methods = "{nearest: {}, large: {method: {name: nearest}, teacher: {name: efficientnet_lite2}}}"
+    words = ["--data", str(phantom.source), "--out", str(tmp_path), "--methods", methods, *SMALL]
+    assert main(["benchmark", *words, "--teachers", "[efficientnet_lite0, timm/resnet18]"]) == 0
+    (whole,) = asked
+    found = {(cell.entry, cell.teacher) for cell in whole.cells()}
+    both = {("nearest", "efficientnet_lite0"), ("nearest", "timm/resnet18")}
+    assert found == {*both, ("large", "efficientnet_lite2")}
 
 
 def test_the_command_writes_a_leaderboard(phantom, tmp_path, capsys):

@@ -6,7 +6,6 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
 
     from jsonargparse import ArgumentParser, Namespace
 
@@ -39,10 +38,3 @@ def progress(total: int) -> Any:
             yield lambda _: progress.advance(task)
 
     return bar()
-
-
-def print_table(title: str, results: Sequence[tuple[str, Any]]) -> None:
-    """Print evaluations as `evaluation.evaluation.table_of` lays them out."""
-    from anatomaly.evaluation.evaluation import table_of
-
-    table_of(results, title=title).print()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -20,11 +20,10 @@ from numpy.typing import NDArray
 
 from anatomaly.detector.conformal import Call, describe
 from anatomaly.files import write_whole
-from anatomaly.results.pictures import encode_picture, overlay, render_map
+from anatomaly.results.pictures import encode_picture, overlay, render_map, thumbnail
 from anatomaly.tables import Table, escaped
 from anatomaly.types import Calibration, Prediction
 
-_THUMBNAIL = 256  # longest side in pixels
 _BARS_PER_CASE = 8
 _GROUPS = {1: "anomalous", 0: "normal", None: "no label"}
 _COLOURS = {1: "#b4531a", 0: "#4a7fa8", None: "#6b7885"}
@@ -105,8 +104,8 @@ def shrink(prediction: Prediction) -> Prediction:
         return prediction
     return replace(
         prediction,
-        image=_resized(prediction.image, prediction.spacing),
-        anomaly_map=_resized(prediction.anomaly_map[None], prediction.spacing)[0],
+        image=thumbnail(prediction.image, prediction.spacing),
+        anomaly_map=thumbnail(prediction.anomaly_map[None], prediction.spacing)[0],
         spacing=None,
     )
 
@@ -306,8 +305,8 @@ def _case(prediction: Prediction, rank: int, total: int, page: _Page) -> str:
 
 def _views(prediction: Prediction, scale: tuple[float, float]) -> str:
     name, image, anomaly_map = prediction.sample.name, prediction.image, prediction.anomaly_map
-    small_image = None if image is None else _resized(image, prediction.spacing)
-    small_map = None if anomaly_map is None else _resized(anomaly_map[None], prediction.spacing)[0]
+    small_image = None if image is None else thumbnail(image, prediction.spacing)
+    small_map = None if anomaly_map is None else thumbnail(anomaly_map[None], prediction.spacing)[0]
     pictures = {"Image": "", "Overlay": "", "Map": ""}
     if small_image is not None:
         pictures["Image"] = _picture_uri(_grey_or_rgb(small_image, prediction.spacing))
@@ -362,21 +361,9 @@ def _picture_uri(pixels: NDArray[np.uint8], *, kind: str = "JPEG") -> str:
 
 def _grey_or_rgb(image: NDArray[Any], spacing: tuple[float, float] | None) -> NDArray[np.uint8]:
     """(C, H, W) in [0, 1] as (h, w, 3) thumbnail."""
-    small = np.clip(np.nan_to_num(_resized(image, spacing)), 0.0, 1.0)
+    small = np.clip(np.nan_to_num(thumbnail(image, spacing)), 0.0, 1.0)
     pixels: NDArray[np.uint8] = np.rint(np.broadcast_to(small, (3, *small.shape[1:])) * 255).astype(np.uint8)
     return np.ascontiguousarray(pixels.transpose(1, 2, 0))
-
-
-def _resized(image: NDArray[Any], spacing: tuple[float, float] | None) -> NDArray[np.float32]:
-    """(C, H, W) with its longest side at most a thumbnail's, and square pixels where the spacing is known."""
-    from PIL import Image
-
-    sizes = np.array(image.shape[1:]) * np.array(spacing or (1.0, 1.0))
-    sizes *= min(_THUMBNAIL, max(image.shape[1:])) / sizes.max()
-    height, width = (max(1, round(float(size))) for size in sizes)
-    channels: Iterable[Any] = (np.ascontiguousarray(channel, dtype=np.float32) for channel in image)
-    resized = [Image.fromarray(each).resize((width, height), Image.Resampling.BILINEAR) for each in channels]
-    return np.stack([np.asarray(each, dtype=np.float32) for each in resized])
 
 
 _WARNING = "<b>Not for clinical use.</b> Research only: do not use for diagnosis or treatment decisions."
