@@ -75,7 +75,8 @@ def make_detector(lite0):
     from anatomaly.types import Preprocessing, Scoring
 
     def make(name="d24fad", *, teacher=lite0, seed=0, scoring=None, task_intensity=None, **preprocessing):
-        method = build_method(name, [teacher, teacher], seed=seed)
+        teachers = [teacher, teacher] if name == "pdd" else [teacher]
+        method = build_method(name, teachers, seed=seed)
         return Detector(
             method,
             preprocessing=Preprocessing(**{"size": (64, 64), **preprocessing}),

@@ -17,7 +17,7 @@ from anatomaly.types import Intensity, Preprocessing, Sample, Scoring
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
-FEW_SHOT = [name for name, method in METHODS.items() if method.needs_support]
+FEW_SHOT = [name for name, method in METHODS.items() if method.few_shot]
 #: Of a query, where it is not one per level.
 COMPARISONS = {"attention": 7}
 
@@ -343,7 +343,7 @@ def test_cuda_is_refused_where_there_is_none(monkeypatch):
 @pytest.fixture(scope="module")
 def imported(golden_files, tmp_path_factory):
     """The golden checkpoint imported, and the same once more from the bundle it was saved to."""
-    detector = import_checkpoint(golden_files["eval"], teacher_weights=str(golden_files["teacher"]), device="cpu")
+    detector = import_checkpoint(golden_files["eval"], "d24fad", teacher_weights=str(golden_files["teacher"]), device="cpu")
     folder = tmp_path_factory.mktemp("imported") / "bundle"
     detector.save(folder)
     return detector, Detector.load(folder, device="cpu"), folder
@@ -387,6 +387,6 @@ def test_the_bundle_of_an_imported_checkpoint_names_no_file_of_the_user(imported
 
 def test_what_is_no_checkpoint_is_refused(golden_files, tmp_path):
     with pytest.raises(WeightsError, match="no such file"):
-        import_checkpoint(tmp_path / "none.pth")
+        import_checkpoint(tmp_path / "none.pth", "d24fad")
     with pytest.raises(WeightsError, match="expected a state dict under 'decoder'"):
-        import_checkpoint(golden_files["teacher"], teacher_weights="random")
+        import_checkpoint(golden_files["teacher"], "d24fad", teacher_weights="random")

@@ -82,8 +82,8 @@ def build_backbone(name: str, *, weights: str = "auto", normalise: bool = True) 
     """Build a frozen teacher.
 
     Args:
-        name: A name in `BACKBONES` or of an installed package, or ``timm/<model>`` for any other timm model with at least
-            four feature levels.
+        name: A name in `BACKBONES` or of an installed package, or ``timm/<model>``: any other timm model with at
+            least four feature levels.
         weights: "auto" (explicit file, installed package, local cache, download), "random", or a file.
         normalise: Scale the input by the model's own mean and std.
 

@@ -139,7 +139,7 @@ def _flat(facts: Mapping[str, Any], *, keep: Sequence[str], prefix: str = "") ->
 
 
 def _with_preset_files(words: Sequence[str]) -> list[str]:
-    """Put the file of a `--preset NAME` in its place, so that what comes after it wins; give former flags their names."""
+    """Put the file of a `--preset NAME` in its place, so that what comes after it wins; rename former flags."""
     replaced: list[str] = []
     for word in words:
         flag, equals, rest = word.partition("=")
