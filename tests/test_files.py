@@ -8,6 +8,8 @@ import pytest
 from anatomaly.errors import OutputError
 from anatomaly.files import Appender, file_digest, write_whole
 
+LONG = b"abcdefg\n" * 2**17  # longer than what the test run itself writes to files
+
 
 @pytest.fixture
 def limit():
@@ -19,16 +21,16 @@ def limit():
 
 
 @pytest.mark.parametrize("order", [("short", "long"), ("long", "short")])
-@pytest.mark.parametrize("size", [10, 12])
-def test_rows_go_to_all_files_or_to_none(order, size, tmp_path, limit):
-    rows = {"short": b"ab\n", "long": b"abcdefghi\n"}
+@pytest.mark.parametrize("more", [0, 2])
+def test_rows_go_to_all_files_or_to_none(order, more, tmp_path, limit):
+    rows = {"short": b"ab\n", "long": LONG}
     files = Appender([tmp_path / "new" / name for name in order])
     files.append(*(rows[name] for name in order))
-    limit(size)
+    limit(len(LONG) + more)
     with pytest.raises(OutputError, match=r"long: cannot be written: .*\. One row is safe\. Free some space"):
         files.append(*(rows[name] for name in order), kept="One row is safe.")
     assert {name: (tmp_path / "new" / name).read_bytes() for name in order} == rows
-    limit(100)
+    limit(2 * len(LONG))
     files.append(*(rows[name] for name in order))
     files.close()
     assert {name: (tmp_path / "new" / name).read_bytes() for name in order} == {n: 2 * row for n, row in rows.items()}
@@ -45,9 +47,9 @@ def test_files_that_are_there_are_not_appended_to(tmp_path):
 
 def test_a_file_is_replaced_as_a_whole(tmp_path, limit):
     write_whole(tmp_path / "new" / "a", b"one")
-    limit(2)
+    limit(len(LONG) - 1)
     with pytest.raises(OutputError, match="Free some space"):
-        write_whole(tmp_path / "new" / "a", b"three")
+        write_whole(tmp_path / "new" / "a", LONG)
     assert [(file.name, file.read_bytes()) for file in (tmp_path / "new").iterdir()] == [("a", b"one")]
 
 
