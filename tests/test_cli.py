@@ -15,11 +15,11 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from PIL import Image
+from scores import read_scores
 
 from anatomaly import __version__, cli
 from anatomaly.cli import COMMANDS, main
 from anatomaly.evaluation.metrics import bootstrap
-from anatomaly.results.writer import read_scores
 
 TINY = ("--teacher.weights=random", "--preprocessing.size=[64,64]", "--training.shots=1", "--training.batch_size=2")
 
@@ -520,7 +520,7 @@ def test_evaluate_prints_a_table_and_writes_it(run, world, tmp_path):
     assert "image AUROC" in out
     [facts] = json.loads((tmp_path / "evaluation.json").read_text())
     assert (facts["task"], facts["shots"], facts["draws"], facts["images"]) == ("head_ct", 2, 1, 6)
-    assert len((tmp_path / "scores.csv").read_text().splitlines()) == 1 + 6
+    assert len((tmp_path / "test_scores.csv").read_text().splitlines()) == 1 + 6
     assert len((tmp_path / "draws.csv").read_text().splitlines()) == 1 + 1
 
 

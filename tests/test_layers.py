@@ -22,7 +22,7 @@ ROWS = (  # a module may import modules of lower rows, and its own folder's
     "methods timm_models",
     "backbones evaluation",
     "data synthetic scoring",
-    "files",
+    "files tables",
     "types errors _version",
 )
 ROW = {name: row for row, names in enumerate(ROWS) for name in names.split()}

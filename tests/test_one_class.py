@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scores import read_scores
 from torchvision.models import wide_resnet50_2
 
 from anatomaly.backbones import build_backbone
@@ -18,12 +19,11 @@ from anatomaly.config import FitConfig, MethodConfig, TeacherConfig, TrainingCon
 from anatomaly.data.transforms import load
 from anatomaly.detector.detector import Detector
 from anatomaly.errors import ConfigError
-from anatomaly.evaluation.cells import table_of
 from anatomaly.evaluation.evaluate import evaluate
+from anatomaly.evaluation.evaluation import table_of
 from anatomaly.evaluation.metrics import bootstrap
 from anatomaly.evaluation.protocols import samples_to_test, split_normals
 from anatomaly.methods.settings import PDDSettings
-from anatomaly.results.writer import read_scores
 from anatomaly.scoring import predict_tensor, scale_from_normals
 from anatomaly.training.fit import fit
 from anatomaly.types import Intensity, Preprocessing
@@ -48,7 +48,8 @@ def settings(*, far="timm/resnet18", pdd=None, **choices):
 def quick():
     """Intervals of 20 samples, which nobody looks at; a teacher, which is frozen, is built once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("anatomaly.evaluation.evaluate.bootstrap", partial(bootstrap, samples=20))
+        for module in ("evaluate", "evaluation"):
+            patch.setattr(f"anatomaly.evaluation.{module}.bootstrap", partial(bootstrap, samples=20))
         build = cache(build_backbone)
         for module in ("anatomaly.training.fit", "anatomaly.detector.bundle"):
             patch.setattr(f"{module}.build_backbone", build)
@@ -203,13 +204,13 @@ def test_evaluation_is_once_and_of_the_tasks_own_rule(task, several, phantom):
     samples = judged(phantom, task)
     assert found.samples == samples
     check_close(found.scores[0], scores_of(detector, samples, DARK if task == "head_ct" else Intensity()))
-    columns, rows, note = table_of([("", found)])
-    assert columns[:2] == ["task", "image AUROC"]
-    assert {len(row) for row in rows} == {len(columns)}
-    assert note.startswith("No support")
-    columns, rows, _ = table_of([("pdd", found), ("d24fad", replace(found, shots=4))])
-    assert columns[:3] == ["task", "method", "K"]
-    assert [row[2] for row in rows] == ["0", "4"]
+    table = table_of([("", found)])
+    assert table.columns[:2] == ["task", "image AUROC"]
+    assert {len(row) for row in table.rows} == {len(table.columns)}
+    assert table.note.startswith("No support")
+    table = table_of([("pdd", found), ("d24fad", replace(found, shots=4))])
+    assert table.columns[:3] == ["task", "method", "K"]
+    assert [row[2] for row in table.rows] == ["0", "4"]
 
 
 def test_evaluate_on_the_command_line(several, phantom, tmp_path, capsys):
@@ -222,7 +223,7 @@ def test_evaluate_on_the_command_line(several, phantom, tmp_path, capsys):
     tasks = [*phantom.tasks, "all tasks"]
     assert [(each["task"], each["shots"], each["draws"]) for each in facts] == [(task, 0, 1) for task in tasks]
     (expected,) = evaluate(several[1], phantom, task="head_ct")
-    rows = [row for row in csv.DictReader((tmp_path / "scores.csv").open()) if row["task"] == "head_ct"]
+    rows = [row for row in csv.DictReader((tmp_path / "test_scores.csv").open()) if row["task"] == "head_ct"]
     check_close([float(row["score"]) for row in rows], expected.scores[0])
 
 

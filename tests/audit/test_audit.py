@@ -247,8 +247,8 @@ def test_the_files_hold_the_figures(tmp_path):
     text = (tmp_path / "audit.md").read_text()
     for words in ("16 of 24", "0.550", "the epoch that pasted lesions chose (5)", "average precision", "8 images"):
         assert words in text
-    columns, rows = table_of(audit)
-    assert all(len(row) == len(columns) for row in rows)
+    table = table_of(audit)
+    assert all(len(row) == len(table.columns) for row in table.rows)
     without = Image.open(io.BytesIO(draw_audit(replace(audit, epochs=()))))
     assert without.height < Image.open(tmp_path / "audit.png").height
 

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 from anatomaly.data.manifest import load_manifest
 from anatomaly.data.transforms import load
 from anatomaly.errors import OutputError
-from anatomaly.evaluation.cells import Evaluation, table_of
 from anatomaly.evaluation.evaluate import evaluate
+from anatomaly.evaluation.evaluation import Evaluation, table_of
 from anatomaly.evaluation.protocols import samples_to_test
 from anatomaly.presets import DEFAULT_PRESET, REFERENCE_PRESET, load_preset
 from anatomaly.results.folder import predict_to_folder
-from anatomaly.results.page import Table
 from anatomaly.synthetic.phantom import write_benchmark
 from anatomaly.training.fit import fit
 
@@ -63,13 +62,12 @@ def demo(out: Path, *, seed: int = 0) -> tuple[Path, list[tuple[str, Evaluation]
     detector = next(iter(detectors.values()))
     supports = results[1][1].supports[0]  # its K = 4, first draw
     detector.set_support(supports, task=_TASK)
-    columns, rows, note = table_of(results)
     summary = predict_to_folder(
         detector,
         samples_to_test(manifest, _TASK),
         out / "predictions",
         title=f"anatomaly demo: {_TASK}, {len(supports)} reference images",
         bank_images=[load(row, detector.ready().preprocessing).display for row in supports],
-        tables=[Table("A task nobody trained on", columns, rows, note)],
+        tables=[table_of(results, title="A task nobody trained on")],
     )
     return summary.report.replace(report), results

@@ -60,9 +60,11 @@ def run_grid(
         The cells that failed; all others are finished.
 
     Raises:
-        ConfigError: `out` holds cells of other settings or data, or the supports are unusable.
+        ConfigError: `out` holds cells of other settings or data, the supports are unusable, or jobs is below 1.
         OutputError: `out` cannot be written.
     """
+    if jobs < 1:
+        raise ConfigError(f"benchmark: jobs is {jobs}, expected at least 1.")
     grid = replace(grid, manifest=grid.manifest.with_hashes())
     lists = support_lists_of(grid)
     keys = keys_of(grid, lists)

@@ -6,7 +6,6 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
 
     from jsonargparse import ArgumentParser, Namespace
 
@@ -39,20 +38,3 @@ def progress(total: int) -> Any:
             yield lambda _: progress.advance(task)
 
     return bar()
-
-
-def print_table(title: str, results: Sequence[tuple[str, Any]]) -> None:
-    """Print evaluations as `evaluation.evaluate.table_of` lays them out."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from anatomaly.evaluation.cells import table_of
-
-    columns, rows, note = table_of(results)
-    table = Table(title=title, caption=note, title_justify="left", caption_justify="left")
-    for column in columns:
-        table.add_column(column, no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    console = Console()
-    console.print(table) if console.is_terminal else Console(width=200).print(table)

@@ -18,6 +18,7 @@ from typing import Literal
 
 from anatomaly.data import layouts
 from anatomaly.errors import ManifestError, OutputError
+from anatomaly.files import file_digest
 from anatomaly.types import Sample, Split
 
 COLUMNS = ("path", "task", "split", "label", "frame", "mask", "patient_id", "sha256")
@@ -265,14 +266,10 @@ def _digest(cell: str, where: str) -> str | None:
 
 
 def _file_digest(path: Path) -> str:
-    digest = hashlib.sha256()
     try:
-        with path.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
+        return file_digest(path)
     except OSError as err:
         raise ManifestError(f"{path}: cannot be read ({err.strerror}).") from err
-    return digest.hexdigest()
 
 
 def _refuse_missing(samples: Sequence[Sample], source: Path) -> None:

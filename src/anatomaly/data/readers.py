@@ -7,7 +7,6 @@ declares one; `transforms` turns them into [0, 1] by a rule the user chose once 
 from __future__ import annotations
 
 import gzip
-import hashlib
 import zlib
 from collections.abc import Callable
 from functools import lru_cache
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from anatomaly.data import dicom, volumes
 from anatomaly.data.decoding import Decoded, check_size, pick_frame, reading
 from anatomaly.errors import ReadError
+from anatomaly.files import file_digest
 from anatomaly.types import Image, Sample
 
 if TYPE_CHECKING:
@@ -165,11 +165,7 @@ def _known_format(path: Path) -> str:
 @lru_cache(maxsize=4)
 def _sha256(path: Path, _modified_ns: int, _size: int) -> str:
     """Digest of the file; remembered, because the slices of a volume are read one after the other."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return file_digest(path)
 
 
 def _upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
