@@ -1,4 +1,4 @@
-"""The promise of `spine.predict_tensor` on every set of instructions this CPU has: a batch changes no number."""
+"""The promise of `scoring.predict_tensor` on every set of instructions this CPU has: a batch changes no number."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ import sys
 import torch
 from anatomaly.backbones import build_backbone
 from anatomaly.methods import METHODS, build_method
-from anatomaly.spine import embed_tensor, encode_tensor, predict_tensor
+from anatomaly.scoring import embed_tensor, encode_tensor, predict_tensor
 from anatomaly.types import Scoring
 
 torch.set_num_threads(int(sys.argv[2]))

@@ -1,4 +1,4 @@
-"""The `Detector`: a trained model that carries `spine.predict_tensor` to files, supports and saved banks."""
+"""The `Detector`: a trained model that carries `scoring.predict_tensor` to files, supports and saved banks."""
 
 from __future__ import annotations
 
@@ -327,7 +327,7 @@ class Detector:
 
         Args:
             items: Files (a volume gives one prediction per slice) or manifest rows.
-            batch_size: Images per forward pass; changes no score, as `spine.predict_tensor` promises.
+            batch_size: Images per forward pass; changes no score, as `scoring.predict_tensor` promises.
             task: Task name of items given as files.
 
         Yields:
