@@ -15,7 +15,7 @@ import numpy as np
 
 from anatomaly.audit.collect import Collector, draws_to_keep, shuffled_draws
 from anatomaly.audit.measure import Runs, require_labels
-from anatomaly.data.layouts import label_of
+from anatomaly.data.words import label_of
 from anatomaly.errors import ConfigError, ManifestError, ReadError
 from anatomaly.protocols import samples_to_test
 from anatomaly.published import RunScores, file_order

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anatomaly.commands.console import progress
+from anatomaly.commands.console import progress, tell_left_out
 from anatomaly.commands.judge import load_detector, model_arguments, support_arguments, support_rows
 from anatomaly.errors import ConfigError
 
@@ -125,6 +125,7 @@ def normal_rows(detector: Any, source: Path, task: str) -> list[Any]:
     from anatomaly.data.manifest import load_manifest
 
     manifest = load_manifest(source, task=task)
+    tell_left_out(manifest)
     rows = (manifest if len(manifest.tasks) == 1 else manifest.select(task=task)).samples
     chosen = [row for row in rows if row.split == "val"] or [row for row in rows if row.split != "train"]
     if chosen:

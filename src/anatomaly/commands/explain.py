@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anatomaly.commands.console import fail, progress
-from anatomaly.commands.judge import load_detector, model_arguments, support_rows
+from anatomaly.commands.judge import image_rows, load_detector, model_arguments, support_rows
 from anatomaly.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,12 +28,7 @@ def _image_arguments(parser: ArgumentParser) -> None:
 
 
 def _samples(options: Namespace, *, task: str | None = None) -> list[Any]:
-    from anatomaly.data.layouts import samples_of
-    from anatomaly.data.manifest import load_manifest
-
-    images = Path(options.images)
-    single = images.is_file() and images.suffix.lower() not in (".csv", ".json")
-    rows = samples_of(images, task=task or "task") if single else list(load_manifest(images, task=task).samples)
+    rows = list(image_rows(Path(options.images), task))
     limit = options.limit
     if limit is not None and limit < 1:
         raise ConfigError(f"limit: got {limit}, expected at least 1.")

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anatomaly.commands.console import fail, print_table, progress
+from anatomaly.commands.console import fail, print_table, progress, tell_left_out
 from anatomaly.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from jsonargparse import ArgumentParser, Namespace
+
+    from anatomaly.types import Sample
 
 
 def model_arguments(parser: ArgumentParser) -> None:
@@ -72,8 +77,6 @@ def predict_arguments(parser: ArgumentParser) -> None:
 def run_predict(options: Namespace) -> int:
     """Run `predict`."""
     from anatomaly.config import check_intensity
-    from anatomaly.data.layouts import samples_of
-    from anatomaly.data.manifest import load_manifest
     from anatomaly.data.transforms import load
     from anatomaly.output import predict_to_folder
 
@@ -83,9 +86,7 @@ def run_predict(options: Namespace) -> int:
         raise ConfigError("predict: --bank has its own shots and intensity rule. Leave out --shots and --intensity.")
     if options.intensity is not None:
         check_intensity(options.intensity, "intensity")
-    images = Path(options.images)
-    single = images.is_file() and images.suffix.lower() not in (".csv", ".json")
-    samples = samples_of(images, task=options.task) if single else load_manifest(images, task=options.task).samples
+    samples = image_rows(Path(options.images), options.task)
     detector = load_detector(options)
     of_support = (options.support, options.bank, options.shots, options.save_bank)
     if not detector.method.needs_support and any(option is not None for option in of_support):
@@ -132,11 +133,25 @@ def run_predict(options: Namespace) -> int:
     return 0
 
 
+def image_rows(source: Path, task: str | None) -> Sequence[Sample]:
+    """Rows of one image file, a folder or a table; what a folder holds besides images is told."""
+    from anatomaly.data.layouts import samples_of
+    from anatomaly.data.manifest import is_table, load_manifest
+
+    if os.path.isfile(source) and not is_table(source):  # noqa: PTH113 False where pathlib raises
+        return samples_of(source, task=task or "task")
+    manifest = load_manifest(source, task=task)
+    tell_left_out(manifest)
+    return manifest.samples
+
+
 def support_rows(source: Path, task: str, shots: int | None) -> Any:
     """Normal rows of a folder or table: those of split train where it has any, never one that is labelled anomalous."""
     from anatomaly.data.manifest import load_manifest
 
-    rows = [row for row in load_manifest(source, task=task) if row.label != 1]
+    manifest = load_manifest(source, task=task)
+    tell_left_out(manifest)
+    rows = [row for row in manifest if row.label != 1]
     rows = [row for row in rows if row.split == "train"] or rows
     if shots is not None and not 1 <= shots <= len(rows):
         raise ConfigError(f"support: {source} has {len(rows)} normal images, {shots} shots asked. Change --shots.")
@@ -160,6 +175,7 @@ def run_evaluate(options: Namespace) -> int:
     from anatomaly.evaluation import evaluate, pooled, write_evaluations
 
     manifest = load_manifest(Path(options.data))
+    tell_left_out(manifest)
     detector = load_detector(options)
     results = []
     for task in options.tasks or manifest.tasks:
@@ -176,9 +192,9 @@ def run_evaluate(options: Namespace) -> int:
     if not detector.method.needs_support:
         title = options.model
         results += [pooled(results)] if len(results) > 1 else []
-    print_table(title, [("", result) for result in results])
     if options.out is not None:
         write_evaluations(results, Path(options.out))
+    print_table(title, [("", result) for result in results])
     return 0
 
 

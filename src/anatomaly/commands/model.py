@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from anatomaly.commands.console import tell_left_out
+
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
@@ -34,6 +36,7 @@ def run_fit(options: Namespace) -> int:
 
     config = FitConfig(**{field.name: options[field.name] for field in fields(FitConfig)})
     manifest = load_manifest(Path(options.data))
+    tell_left_out(manifest)
 
     from anatomaly.training import fit  # takes seconds to load, so it comes after what may be wrong
 
