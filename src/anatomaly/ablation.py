@@ -253,9 +253,9 @@ def _write(results: Sequence[AblationRow], out: Path) -> None:
     columns, cells = table_of(results)
     stream = io.StringIO()
     csv.writer(stream, lineterminator="\n").writerows([columns, *cells])
-    write_whole(out / "ablation.csv", stream.getvalue().encode())
+    write_whole(out / "ablation.csv", stream.getvalue().encode(errors="backslashreplace"))
     lines = [f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *cells)]
-    write_whole(out / "ablation.md", ("\n".join(lines) + "\n").encode())
+    write_whole(out / "ablation.md", ("\n".join(lines) + "\n").encode(errors="backslashreplace"))
 
 
 def table_of(results: Sequence[AblationRow]) -> tuple[list[str], list[list[str]]]:

@@ -127,6 +127,11 @@ def _load_yaml(text: str) -> Any:
                 key.tag = plain if key.tag == null else key.tag
             return super().construct_mapping(node, deep)
 
+        def construct_sequence(self, node: Any, deep: bool = False) -> list[Any]:
+            for item in node.value:
+                item.tag = plain if item.tag == null else item.tag
+            return super().construct_sequence(node, deep)
+
     value = yaml.load(text, Words)
     only_keys = isinstance(value, dict) and value and all(each is None for each in value.values())
     return text if only_keys else value  # a name such as `brain:` or `{a, b}`

@@ -435,4 +435,4 @@ def write_evaluations(results: Sequence[Evaluation], out: Path) -> None:
     for name, table in (("draws.csv", draws), ("scores.csv", scores)):
         stream = io.StringIO()
         csv.writer(stream, lineterminator="\n").writerows(table)
-        write_whole(out / name, stream.getvalue().encode())
+        write_whole(out / name, stream.getvalue().encode(errors="backslashreplace"))

@@ -54,8 +54,8 @@ def write_leaderboard(
     _write_csv(out / "leaderboard.csv", *_full(rows))
     _write_csv(out / "comparisons.csv", *_full_duels(fought))
     sections = [*tables(rows, fought)]
-    write_whole(out / "leaderboard.md", _markdown(sections, note).encode())
-    write_whole(out / "leaderboard.html", _page(sections, note).encode())
+    write_whole(out / "leaderboard.md", _markdown(sections, note).encode(errors="backslashreplace"))
+    write_whole(out / "leaderboard.html", _page(sections, note).encode(errors="backslashreplace"))
     return rows, fought
 
 
@@ -87,7 +87,7 @@ def _write_csv(file: Path, columns: Sequence[str], cells: Sequence[Sequence[obje
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerows([columns, *([_number(value) for value in line] for line in cells)])
-    write_whole(file, stream.getvalue().encode())
+    write_whole(file, stream.getvalue().encode(errors="backslashreplace"))
 
 
 def _number(value: object) -> object:

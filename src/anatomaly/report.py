@@ -112,7 +112,7 @@ def write_report(
     )
     style = files("anatomaly").joinpath("report.css").read_text(encoding="utf-8")
     page = _PAGE.format(title=_text(title), style=style, script=_SCRIPT, hash=_SCRIPT_HASH, body=body)
-    write_whole(path, page.encode())
+    write_whole(path, page.encode(errors="backslashreplace"))
     return path
 
 

@@ -80,7 +80,8 @@ def locate(folder: Path, cell: str) -> Path:
     if _is_file(plain):
         return plain
     for text in (cell, cell.replace("\\", "/")):
-        for spelling in (text, *(unicodedata.normalize(form, text) for form in ("NFC", "NFD")), _as_bytes(text)):
+        spellings = [unicodedata.normalize(form, text) for form in ("NFC", "NFD")]
+        for spelling in (text, *spellings, _as_bytes(text, "cp1252"), _as_bytes(text, "utf-8")):
             if spelling != cell and _is_file(folder / spelling):
                 return folder / spelling
     return plain
@@ -90,10 +91,10 @@ def _is_file(path: Path) -> bool:
     return os.path.isfile(path)  # noqa: PTH113 False in a locked folder, where pathlib raises
 
 
-def _as_bytes(text: str) -> str:
-    """A name whose bytes are those of a Windows code page, as the file system of other systems gives it."""
+def _as_bytes(text: str, encoding: str) -> str:
+    """A name as Python gives it where the file system holds these bytes and speaks another encoding."""
     try:
-        return os.fsdecode(text.encode("cp1252"))
+        return os.fsdecode(text.encode(encoding, errors="surrogateescape"))
     except UnicodeError:
         return text
 
