@@ -350,9 +350,9 @@ def test_supports_of_a_labelled_set_are_its_normal_training_images(run, world, t
 
 
 def test_an_image_labelled_anomalous_is_no_support(run, world, tmp_path):
-    rows = ["path,label"] + [f"{n}.png,{label}" for n, label in enumerate(("normal", "anomalous", ""))]
-    (world / "normals/table.csv").write_text("\n".join(rows))
-    words = ("--images", world / "normals/1.png", "--support", world / "normals/table.csv")
+    rows = ["path,label"] + [f"normals/{n}.png,{label}" for n, label in enumerate(("normal", "anomalous", ""))]
+    (world / "table.csv").write_text("\n".join(rows))
+    words = ("--images", world / "normals/1.png", "--support", world / "table.csv")
     assert run(*predict(world, tmp_path / "out", *words)).code == 0
     assert json.loads((tmp_path / "out/scores.jsonl").read_text())["support"] == ["0.png", "2.png"]
 
@@ -671,7 +671,9 @@ def test_names_that_are_not_utf_8_pass_through_every_table(run, world, tmp_path)
     assert os.fsdecode(b"M\xfcller.png") in {Path(row["path"]).name for row in rows}
 
 
-@pytest.mark.parametrize("environment", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}])
+@pytest.mark.parametrize(
+    "environment", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
+)
 def test_a_terminal_that_cannot_show_a_name_loses_nothing(tmp_path, environment):
     write_png(tmp_path / "in/\u4e2d\u00fc.png")
     write_png(tmp_path / "in/\u4e2d\u00fd.png")
@@ -690,7 +692,7 @@ def test_the_table_is_on_disk_before_anything_is_printed(tmp_path, monkeypatch):
     assert "a.png" in (tmp_path / "t.csv").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["no", "yes", "2024", "null", "2024-01-01", "1e3", "0x1f", "~"])
+@pytest.mark.parametrize("name", ["no", "yes", "2024", "null", "1e3", "0x1f", "~"])
 def test_words_of_yaml_are_names_of_tasks(tmp_path, name):
     rules = f"task_intensity: {{{name}: {{rule: range, low: 0, high: 255}}}}"
     (tmp_path / "s.yaml").write_text(f"training: {{resample: no, epochs: 1_0}}\ntasks: [{name}]\n{rules}\n")
