@@ -20,6 +20,7 @@ from scores import read_scores
 from anatomaly import __version__, cli
 from anatomaly.cli import COMMANDS, main
 from anatomaly.evaluation.metrics import bootstrap
+from anatomaly.types import Intensity
 
 TINY = ("--teacher.weights=random", "--preprocessing.size=[64,64]", "--training.shots=1", "--training.batch_size=2")
 
@@ -355,9 +356,9 @@ def test_supports_of_a_labelled_set_are_its_normal_training_images(run, world, t
 
 
 def test_an_image_labelled_anomalous_is_no_support(run, world, tmp_path):
-    rows = ["path,label"] + [f"{n}.png,{label}" for n, label in enumerate(("normal", "anomalous", ""))]
-    (world / "normals/table.csv").write_text("\n".join(rows))
-    words = ("--images", world / "normals/1.png", "--support", world / "normals/table.csv")
+    rows = ["path,label"] + [f"normals/{n}.png,{label}" for n, label in enumerate(("normal", "anomalous", ""))]
+    (world / "table.csv").write_text("\n".join(rows))
+    words = ("--images", world / "normals/1.png", "--support", world / "table.csv")
     assert run(*predict(world, tmp_path / "out", *words)).code == 0
     assert json.loads((tmp_path / "out/scores.jsonl").read_text())["support"] == ["0.png", "2.png"]
 
@@ -645,3 +646,81 @@ def test_help_and_version_load_none_of_the_heavy_libraries():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# --- what is left out, names and terminals of any encoding, words that YAML takes for something else ---
+
+
+def test_data_check_fit_and_predict_say_in_one_line_what_they_left_out(run, world, tmp_path):
+    for number in range(3):
+        write_png(tmp_path / f"in/train/good/{number}.png", number)
+    for name in ("a.txt", "b.xml", ".DS_Store"):
+        (tmp_path / "in/train/good" / name).write_text("text")
+    line = "3 files left out: 2 not an image, 1 hidden"
+    assert line in run("data", "check", tmp_path / "in").out.splitlines()
+    fit = run("fit", "--data", tmp_path / "in", "--out", tmp_path / "m", *TINY, "--method.name=nearest")
+    assert fit.out.splitlines()[0] == f"{tmp_path / 'in'}: {line}"
+    both = ("--images", tmp_path / "in/train", "--support", tmp_path / "in/train/good")
+    out = run(*predict(world, tmp_path / "o", *both)).out.splitlines()
+    assert [f"{tmp_path / 'in/train'}: {line}", f"{tmp_path / 'in/train/good'}: {line}"] == out[:2]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names are bytes on POSIX only")
+def test_names_that_are_not_utf_8_pass_through_every_table(run, world, tmp_path):
+    for number in range(4):
+        write_png(tmp_path / f"in/train/good/{number}.png", number)
+        write_png(tmp_path / f"in/test/{'good' if number % 2 else 'bad'}/{number}.png", 10 + number)
+    for folder in ("train/good", "test/bad"):
+        (tmp_path / "in" / folder / "0.png").rename(tmp_path / "in" / folder / os.fsdecode(b"M\xfcller.png"))
+    assert run("data", "check", tmp_path / "in", "--csv", tmp_path / "t.csv").code == 0
+    assert b"M\xfcller.png" in (tmp_path / "t.csv").read_bytes()
+    data = ("--model", world / "model", "--data", tmp_path / "t.csv", "--shots", "2", "--draws", "1")
+    assert run("evaluate", *data, "--out", tmp_path / "e").code == 0
+    assert "M\\udcfcller.png" in (tmp_path / "e/scores.csv").read_text(encoding="utf-8")
+    both = ("--images", tmp_path / "in/test", "--support", tmp_path / "in/train/good", "--shots", "2")
+    assert run(*predict(world, tmp_path / "o", *both)).code == 0
+    rows = [json.loads(line) for line in (tmp_path / "o/scores.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert os.fsdecode(b"M\xfcller.png") in {Path(row["path"]).name for row in rows}
+
+
+@pytest.mark.parametrize(
+    "environment", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
+)
+def test_a_terminal_that_cannot_show_a_name_loses_nothing(tmp_path, environment):
+    write_png(tmp_path / "in/\u4e2d\u00fc.png")
+    write_png(tmp_path / "in/\u4e2d\u00fd.png")
+    words = [sys.executable, "-m", "anatomaly.cli", "data", "check", tmp_path / "in", "--csv", tmp_path / "t.csv"]
+    done = subprocess.run(words, env={**os.environ, **environment}, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"warning: 1 images are repeated" in done.stdout
+    assert "\u4e2d\u00fd.png" in (tmp_path / "t.csv").read_text(encoding="utf-8")
+
+
+def test_the_table_is_on_disk_before_anything_is_printed(tmp_path, monkeypatch):
+    write_png(tmp_path / "in/a.png")
+    monkeypatch.setattr("builtins.print", lambda *_, **__: (_ for _ in ()).throw(BrokenPipeError()))
+    monkeypatch.setattr(os, "dup2", lambda *_: None)
+    assert main(["data", "check", str(tmp_path / "in"), "--csv", str(tmp_path / "t.csv")]) == 141
+    assert "a.png" in (tmp_path / "t.csv").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["no", "yes", "2024", "null", "1e3", "0x1f", "~"])
+def test_words_of_yaml_are_names_of_tasks(tmp_path, name):
+    rules = f"task_intensity: {{{name}: {{rule: range, low: 0, high: 255}}}}"
+    (tmp_path / "s.yaml").write_text(f"training: {{resample: no, epochs: 1_0}}\ntasks: [{name}]\n{rules}\n")
+    options = cli._parse("fit", ["--data=d", "--out=o", "-c", str(tmp_path / "s.yaml")])
+    assert options.task_intensity == {name: Intensity("range", 0, 255)}
+    assert (options.tasks, options.training.resample, options.training.epochs) == ([name], False, 10)
+    words = [f"--task_intensity={{{name}: {{rule: window, low: 4e1, high: 80}}}}", "--training.keep_checkpoints=on"]
+    options = cli._parse("fit", ["--data=d", "--out=o", f"--tasks=[{name}, b]", *words])
+    assert options.task_intensity == {name: Intensity("window", 40, 80)}
+    assert (options.tasks, options.training.keep_checkpoints) == ([name, "b"], True)
+    assert cli._parse("fit", ["--data=d", "--out=o", "--tasks=null"]).tasks is None
+
+
+def test_a_task_called_no_is_trained(run, tmp_path):
+    for number in range(2):
+        write_png(tmp_path / f"no/train/good/{number}.png", number)
+    words = ("--data", tmp_path, *TINY, "--method.name=nearest", "--training.validation=0.5", "--tasks=[no]")
+    assert run("fit", *words, "--out", tmp_path / "m", "--task_intensity={no: {rule: range, high: 255}}").code == 0
+    assert list(json.loads((tmp_path / "m/config.json").read_text())["task_intensity"]) == ["no"]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from anatomaly._version import __version__
 from anatomaly.commands import audit, benchmark, calibrate, data, demo, evaluate, explain, export, fit, predict, release
-from anatomaly.commands.console import fail, instantiated
+from anatomaly.commands.console import fail, instantiated, never_fail_to_print
 from anatomaly.errors import AnatomalyError, ConfigError
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0; 1 if `data check` found errors; 2 for input that cannot be used, told in one line; 130 if interrupted; 141 if
         the reader of a pipe went away.
     """
+    never_fail_to_print()
     words = list(sys.argv[1:] if arguments is None else arguments)
     name = next((n for n in (" ".join(words[:2]), " ".join(words[:1])) if n in COMMANDS), None)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger(library).setLevel(logging.WARNING)
     try:
         code = _overview(words) if name is None else COMMANDS[name].run(_parse(name, words[len(name.split()) :]))
-        sys.stdout.flush()
+        print(end="", flush=True)  # there may be no standard output at all
         return code
     except AnatomalyError as err:
         return fail(str(err))
@@ -81,8 +82,10 @@ def _overview(words: Sequence[str]) -> int:
 
 def _parse(name: str, words: Sequence[str]) -> Namespace:
     """Read a command's options from flags and YAML, with one line for whatever is wrong."""
-    from jsonargparse import ArgumentError, ArgumentParser
+    import yaml
+    from jsonargparse import ArgumentError, ArgumentParser, set_loader
 
+    set_loader("yaml", _load_yaml, (yaml.YAMLError,))
     command = COMMANDS[name]
     parser = ArgumentParser(prog=f"anatomaly {name}", description=command.help, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("-c", "--config", action="config", help="YAML file with these settings; flags after it win.")
@@ -107,6 +110,36 @@ def _parse(name: str, words: Sequence[str]) -> Namespace:
             f"{name}: the settings are not UTF-8 YAML with a mapping per group, such as 'training: {{epochs: 5}}'. "
             f"See anatomaly {name} --help."
         ) from err
+
+
+def _load_yaml(text: str) -> Any:
+    """Read YAML with all words and numbers as text, for jsonargparse to read as the type of the setting.
+
+    A task may be called `no` or `2024`, which YAML would take for false and a number.
+    """
+    import yaml
+
+    null, merge, plain = (f"tag:yaml.org,2002:{name}" for name in ("null", "merge", "str"))
+
+    class Words(yaml.SafeLoader):
+        yaml_implicit_resolvers = {  # noqa: RUF012 as in PyYAML
+            first: [(tag, pattern) for tag, pattern in resolvers if tag in (null, merge)]
+            for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            for key, _ in node.value:
+                key.tag = plain if key.tag == null else key.tag
+            return super().construct_mapping(node, deep)
+
+        def construct_sequence(self, node: Any, deep: bool = False) -> list[Any]:
+            for item in node.value:
+                item.tag = plain if item.tag == null else item.tag
+            return super().construct_sequence(node, deep)
+
+    value = yaml.load(text, Words)
+    only_keys = isinstance(value, dict) and value and all(each is None for each in value.values())
+    return text if only_keys else value  # a name such as `brain:` or `{a, b}`
 
 
 def _plain(message: str) -> str:

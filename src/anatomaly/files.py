@@ -13,12 +13,12 @@ from pathlib import Path
 from anatomaly.errors import OutputError
 
 
-def write_whole(path: Path, content: bytes, *, kept: str = "") -> None:
+def write_whole(path: Path, content: bytes | str, *, kept: str = "") -> None:
     """Write a file completely or leave what was there.
 
     Args:
         path: The file; replaced if it exists.
-        content: All of its bytes.
+        content: All of its bytes, or its text; what cannot be written as UTF-8 stays visible as escapes.
         kept: A sentence on what is safe, for the message of a failure.
 
     Raises:
@@ -27,7 +27,7 @@ def write_whole(path: Path, content: bytes, *, kept: str = "") -> None:
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(content)
+        part.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
         part.replace(path)
     except OSError as err:
         with contextlib.suppress(OSError):  # the first failure is the one to report

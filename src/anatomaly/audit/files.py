@@ -16,7 +16,7 @@ import numpy as np
 from anatomaly.audit.collect import Collector, draws_to_keep, shuffled_draws
 from anatomaly.audit.measure import Runs, require_labels
 from anatomaly.audit.published import ACROSS, RunScores, file_order
-from anatomaly.data.layouts import label_of
+from anatomaly.data.words import label_of
 from anatomaly.errors import ConfigError, ManifestError, ReadError
 from anatomaly.evaluation.cells import SCORES
 from anatomaly.evaluation.protocols import samples_to_test

@@ -154,7 +154,7 @@ def run_ablation(
     results = [found[place] for place in order if place in found]
     table = table_of(results)
     write_whole(out / "ablation.csv", table.csv())
-    write_whole(out / "ablation.md", f"{table.markdown()}\n".encode())
+    write_whole(out / "ablation.md", f"{table.markdown()}\n")
     return results, failures
 
 

@@ -52,8 +52,8 @@ def write_leaderboard(
     write_whole(out / "leaderboard.csv", _full(rows).csv())
     write_whole(out / "comparisons.csv", _full_duels(fought).csv())
     sections = tables(rows, fought)
-    write_whole(out / "leaderboard.md", _markdown(sections, note).encode())
-    write_whole(out / "leaderboard.html", _page(sections, note).encode())
+    write_whole(out / "leaderboard.md", _markdown(sections, note))
+    write_whole(out / "leaderboard.html", _page(sections, note))
     return rows, fought
 
 

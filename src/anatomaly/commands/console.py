@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-
     from jsonargparse import ArgumentParser, Namespace
+
+    from anatomaly.data.manifest import Manifest
 
 
 def fail(message: str, *, code: int = 2) -> int:
     """Print one line on standard error and return the exit code."""
     print(f"anatomaly: {' '.join(message.split())}", file=sys.stderr)
     return code
+
+
+def say(message: str) -> None:
+    """Print one line on standard output at once; a reader who went away ends nothing."""
+    with contextlib.suppress(OSError):
+        print(message, flush=True)
+
+
+def tell_left_out(*manifests: Manifest) -> None:
+    """Say in one line for each what was left out of a folder, by reason; nothing where nothing was."""
+    from anatomaly.data.listing import describe
+
+    for manifest in manifests:
+        if told := describe(manifest.left_out):
+            say(f"{manifest.source}: {told}")
+
+
+def never_fail_to_print() -> None:
+    """Let names and signs that the terminal's encoding lacks be printed as escapes: no result is lost for that."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def instantiated(parser: ArgumentParser, options: Namespace) -> Namespace:

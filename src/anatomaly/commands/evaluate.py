@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from anatomaly.commands.arguments import load_detector, model_arguments
+from anatomaly.commands.console import tell_left_out
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -30,6 +31,7 @@ def run_evaluate(options: Namespace) -> int:
     from anatomaly.evaluation.evaluation import pooled, table_of
 
     manifest = load_manifest(Path(options.data))
+    tell_left_out(manifest)
     detector = load_detector(options)
     results = []
     for task in options.tasks or manifest.tasks:
@@ -46,7 +48,7 @@ def run_evaluate(options: Namespace) -> int:
     if not detector.method.needs_support:
         title = options.model
         results += [pooled(results)] if len(results) > 1 else []
-    table_of([("", result) for result in results], title=title).print()
     if options.out is not None:
         write_evaluations(results, Path(options.out))
+    table_of([("", result) for result in results], title=title).print()
     return 0

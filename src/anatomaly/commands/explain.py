@@ -28,7 +28,7 @@ def _image_arguments(parser: ArgumentParser) -> None:
 
 
 def _samples(options: Namespace, *, task: str | None = None) -> list[Any]:
-    rows = image_rows(Path(options.images), task)
+    rows = list(image_rows(Path(options.images), task))
     limit = options.limit
     if limit is not None and limit < 1:
         raise ConfigError(f"limit: got {limit}, expected at least 1.")

@@ -94,7 +94,7 @@ def write_report(
     )
     style = files("anatomaly.results").joinpath("page.css").read_text(encoding="utf-8")
     page = _PAGE.format(title=escaped(title), style=style, script=_SCRIPT, hash=_SCRIPT_HASH, body=body)
-    write_whole(path, page.encode())
+    write_whole(path, page)
     return path
 
 
