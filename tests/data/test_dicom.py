@@ -368,7 +368,7 @@ def test_a_form_no_decoder_supports_is_not_called_corrupt():
         read_image(bundled("JPGExtended.dcm"))
 
 
-def test_a_syntax_without_decoder_names_what_to_install(tmp_path, monkeypatch):
+def test_a_syntax_without_decoder_names_what_to_install(tmp_path, monkeypatch, decoding_here):
     path = save_compressed(tmp_path / "a.dcm", TWELVE_BIT, "RLE")
     decoder = pydicom.pixels.get_decoder(uid.RLELossless)
     monkeypatch.setattr(decoder, "_available", {})

@@ -312,7 +312,7 @@ def test_huge_images_are_refused_before_decoding(tmp_path):
         read_image(tmp_path / "a.tif")
 
 
-def test_an_image_beyond_pillows_own_limit_is_read_if_it_is_within_ours(tmp_path, monkeypatch):
+def test_an_image_beyond_pillows_own_limit_is_read_if_it_is_within_ours(tmp_path, monkeypatch, decoding_here):
     monkeypatch.setattr(Pillow, "MAX_IMAGE_PIXELS", 100)
     np.testing.assert_array_equal(read_image(save(tmp_path / "a.png", GREY8)).pixels[0], GREY8)
 
@@ -463,7 +463,7 @@ def test_a_damaged_gzip_stream_is_noticed(tmp_path):
         read_image(path, frame=0)
 
 
-def test_missing_extras_are_named(tmp_path, monkeypatch):
+def test_missing_extras_are_named(tmp_path, monkeypatch, decoding_here):
     volume = save_nifti(tmp_path / "v.nii", np.zeros((9, 9, 9), np.float32))
     (tmp_path / "a.dcm").write_bytes(bytes(128) + b"DICM")
     for module in ("nibabel", "pydicom", "pydicom.pixels"):

@@ -1,4 +1,4 @@
-"""What every format decoder shares: the record it hands to `readers.read_image`, two checks, and the error boundary.
+"""What every format decoder shares: the record it hands to `readers.read_image`, the checks, and the error boundary.
 
 Decoders say only what is wrong ("is a stack of 3 frames, ..."); the boundary adds which file it is, once.
 """
@@ -14,10 +14,14 @@ from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
-from anatomaly.errors import AnatomalyError, ReadError
+from anatomaly.errors import AnatomalyError, ConfigError, ReadError
 
 MIN_SIDE = 8
-MAX_PIXELS = 2**28
+#: GiB that one image may take, or one volume that has to be unpacked as a whole, unless `limit_decoded` says otherwise.
+MAX_DECODED_GIB = 1.0
+_BYTES_PER_VALUE = 8  # as read and as shown, both float32
+
+_max_decoded = int(MAX_DECODED_GIB * 2**30)
 _CHATTY_LOGGERS = ("PIL", "tifffile", "pydicom", "nibabel.global")
 
 
@@ -39,21 +43,59 @@ class Decoded(NamedTuple):
     spacing: tuple[float, float] | None = None
 
 
-def check_size(height: int, width: int) -> None:
+def limit_decoded(gib: float) -> None:
+    """Set what one image or volume may take from now on, in this process and its workers.
+
+    Args:
+        gib: GiB, more than 0.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    global _max_decoded
+    if not 0 < gib < 2**20:
+        raise ConfigError(f"max_decoded_gib: got {gib:g}, expected more than 0, such as {MAX_DECODED_GIB:g}.")
+    _max_decoded = max(1, int(gib * 2**30))
+
+
+def decoded_limit() -> float:
+    """The limit in force, in GiB."""
+    return _max_decoded / 2**30
+
+
+def check_size(height: int, width: int, channels: int = 1) -> None:
     """Refuse images no method can use, from the header, before anything is decoded.
 
     Raises:
-        ReadError: A side is shorter than 8 pixels, or there are more than 2**28 pixels.
+        ReadError: A side is shorter than 8 pixels, or the image takes more memory than `limit_decoded` allows.
     """
     if min(height, width) < MIN_SIDE:
         raise ReadError(
             f"is {height}x{width} pixels (height x width), expected at least {MIN_SIDE} on each side. "
             "Check that it is the image and not an icon or an empty export."
         )
-    if height * width > MAX_PIXELS:
+    check_bytes(
+        _BYTES_PER_VALUE * int(height) * int(width) * channels,
+        f"is {height}x{width} pixels (height x width)" + (f" of {channels} channels" if channels > 1 else ""),
+        "Tile or downsample it first",
+    )
+
+
+def check_bytes(decoded: int, what: str, remedy: str) -> None:
+    """Refuse what does not fit into memory, from what the file declares, before anything is decoded.
+
+    Args:
+        decoded: Bytes that have to be held at once.
+        what: What the file declares, such as "is 9x9 pixels".
+        remedy: What to do instead of raising the limit.
+
+    Raises:
+        ReadError: It takes more than `limit_decoded` allows.
+    """
+    if decoded > _max_decoded:
         raise ReadError(
-            f"is {height}x{width} pixels (height x width), expected at most {MAX_PIXELS} in all. "
-            "Tile or downsample it first."
+            f"{what}, which takes {decoded / 2**30:.3g} GiB decoded, expected at most {decoded_limit():.3g}. "
+            f"{remedy}, or raise --max_decoded_gib if the machine has the memory."
         )
 
 
@@ -71,6 +113,19 @@ def pick_frame(frame: int | None, count: int) -> int:
     if not 0 <= index < count:
         raise ReadError(f"has no frame {index}: it holds {count} image(s). Pass frame=0..{count - 1}.")
     return index
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put `path` in front of what goes wrong inside.
+
+    Raises:
+        AnatomalyError: The one raised inside.
+    """
+    try:
+        yield
+    except AnatomalyError as err:
+        raise type(err)(f"{path}: {err}") from err
 
 
 @contextmanager
@@ -102,7 +157,8 @@ def reading(path: Path) -> Iterator[None]:
     except MemoryError as err:
         raise ReadError(f"{path}: does not fit into memory. Tile or downsample it first.") from err
     except Exception as err:
-        reason = " ".join(str(err).replace(str(path), path.name).split())[:160] or type(err).__name__
+        words = " ".join(str(err).replace(str(path), path.name).split())[:160]
+        reason = "".join(letter if letter.isprintable() else "?" for letter in words) or type(err).__name__
         raise ReadError(f"{path}: cannot be decoded ({reason}). It is corrupt or truncated: export it again.") from err
     finally:
         for logger, was_disabled in zip(loggers, were_disabled, strict=True):

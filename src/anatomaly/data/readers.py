@@ -1,7 +1,8 @@
 """Files -> `types.Image`: one table from format to decoder, the format told by the first bytes and never by the suffix.
 
 What the pixels mean is not guessed here: they stay in the stored unit, with the range the format declares where it
-declares one; `transforms` turns them into [0, 1] by a rule the user chose once per data set.
+declares one; `transforms` turns them into [0, 1] by a rule the user chose once per data set.  Nothing is decoded in the
+caller's process: the public functions ask one of the `workers`, which runs `answer`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,9 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from anatomaly.data import dicom, volumes
-from anatomaly.data.decoding import Decoded, check_size, pick_frame, reading
-from anatomaly.errors import ReadError
+from anatomaly.data import dicom, volumes, workers
+from anatomaly.data.decoding import Decoded, check_size, decoded_limit, limit_decoded, naming, pick_frame, reading
+from anatomaly.errors import AnatomalyError, ReadError
 from anatomaly.types import Image, Sample
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ _MAGIC = {
 }
 _NIFTI_MAGIC = {b"n+1\0", b"ni1\0", b"n+2\0", b"ni2\0"}
 _PNG_GREY = 0  # colour type in the IHDR chunk
+#: Memory a worker may take, in sizes of what it may decode, and beyond that for the libraries themselves.
+_MEMORY_FACTOR, _MEMORY_MARGIN = 4, 2**30
 
 
 def sniff_format(path: Path) -> str | None:
@@ -57,8 +60,8 @@ def count_frames(path: Path) -> int:
     Raises:
         ReadError: As `read_image`.
     """
-    with reading(path):
-        return _FORMATS[_known_format(path)].count(path)
+    with naming(path):
+        return int(_ask("count", path)[0]["count"])
 
 
 def read_image(path: Path, *, frame: int | None = None, apply_voi: bool = False) -> Image:
@@ -79,9 +82,61 @@ def read_image(path: Path, *, frame: int | None = None, apply_voi: bool = False)
 
     Raises:
         ReadError: The file is missing, empty, of another format, corrupt or truncated; has several images and no
-            `frame`; has a side under 8 pixels, more than 2**28 pixels, or NaN or infinite pixels.
-        NotReadyError: pydicom or nibabel is needed and not installed.
+            `frame`; has a side under 8 pixels, takes more memory than `decoding.limit_decoded` allows, or has NaN or
+            infinite pixels; its decoder died or took too long.
+        NotReadyError: pydicom or nibabel is needed and not installed, or no worker can be started.
     """
+    with naming(path):
+        found, pixels = _ask("read", path, frame=frame, apply_voi=apply_voi)
+        assert pixels is not None
+        return Image(
+            pixels=pixels,
+            value_range=_pair(found["value_range"]),
+            path=path,
+            sha256=found["sha256"],
+            frame=found["frame"],
+            invert=found["invert"],
+            spacing=_pair(found["spacing"]),
+        )
+
+
+def answer(request: workers.Request) -> workers.Answer:
+    """What a worker does: decode here, in this process, and say what was found or what is wrong, without the path.
+
+    Args:
+        request: "verb" ("read" or "count"), "path", "limit" (GiB decoded); to read also "frame" and "apply_voi".
+
+    Returns:
+        "count"; or the fields of an `Image`, and its pixels; or the name of an "error" and its "message".
+    """
+    path = Path(request["path"])
+    try:
+        limit_decoded(request["limit"])
+        if request["verb"] == "count":
+            return {"count": _count_here(path)}, None
+        image = _read_here(path, frame=request["frame"], apply_voi=request["apply_voi"])
+    except AnatomalyError as err:
+        return {"error": type(err).__name__, "message": str(err).removeprefix(f"{path}: ")}, None
+    fields = ("value_range", "sha256", "frame", "invert", "spacing")
+    return {name: getattr(image, name) for name in fields}, image.pixels
+
+
+def _ask(verb: str, path: Path, **how: bool | int | None) -> workers.Answer:
+    limit = decoded_limit()
+    memory = int(_MEMORY_FACTOR * limit * 2**30) + _MEMORY_MARGIN
+    return workers.ask({"verb": verb, "path": str(path.absolute()), "limit": limit, "memory": memory, **how})
+
+
+def _pair(values: Sequence[float] | None) -> tuple[float, float] | None:
+    return None if values is None else (float(values[0]), float(values[1]))
+
+
+def _count_here(path: Path) -> int:
+    with reading(path):
+        return _FORMATS[_known_format(path)].count(path)
+
+
+def _read_here(path: Path, *, frame: int | None, apply_voi: bool) -> Image:
     with reading(path):
         decoded = _FORMATS[_known_format(path)].decode(path, frame, apply_voi)
         pixels = np.ascontiguousarray(decoded.pixels, np.float32)
@@ -91,12 +146,12 @@ def read_image(path: Path, *, frame: int | None = None, apply_voi: bool = False)
         status = path.stat()
         return Image(
             pixels=pixels,
-            value_range=decoded.value_range,
+            value_range=_pair(decoded.value_range),
             path=path,
             sha256=_sha256(path, status.st_mtime_ns, status.st_size),
             frame=decoded.frame,
             invert=decoded.invert,
-            spacing=decoded.spacing,
+            spacing=_pair(decoded.spacing),
         )
 
 
@@ -223,15 +278,13 @@ def _png_depth(path: Path) -> tuple[int, int]:
 
 def _decode_deep_png(path: Path) -> NDArray[Any]:
     """(H, W) or (H, W, 3) of a 16-bit colour PNG without alpha; Pillow would cut it down to 8 bits."""
-    import torch
-    from torchvision.io import ImageReadMode, decode_png
+    import imagecodecs
 
-    data = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
     try:
-        channels = decode_png(data, mode=ImageReadMode.UNCHANGED).numpy()  # (C, H, W) uint16
-    except RuntimeError as err:
+        stored = imagecodecs.png_decode(path.read_bytes())  # (H, W, C) uint16
+    except imagecodecs.PngError as err:
         raise ReadError("cannot be decoded as a 16-bit PNG. It is corrupt or truncated: export it again.") from err
-    return np.moveaxis(channels[:3], 0, -1) if len(channels) >= 3 else channels[0]
+    return stored[:, :, :3] if stored.shape[2] >= 3 else stored[:, :, 0]
 
 
 def _count_pages(path: Path) -> int:
