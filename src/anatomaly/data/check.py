@@ -6,12 +6,15 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from anatomaly.data.loading import read_ahead
 from anatomaly.data.manifest import Manifest
 from anatomaly.data.readers import read_image, read_mask_of
 from anatomaly.errors import ReadError
@@ -23,6 +26,7 @@ NEAR_SIMILARITY = 0.9
 
 _GRID = 32  # cells per side of the thumbnail the edges are taken from
 _CHUNK = 1024  # rows of the similarity matrix held at once
+_AHEAD = 8  # images read ahead of the one being looked at
 _LISTED = 10  # findings of one kind the text report prints
 _LABEL_WORDS = {0: "normal", 1: "anomalous", None: "unknown"}
 
@@ -171,19 +175,18 @@ def check_manifest(
     altered: list[str] = []
     groups: dict[tuple[str, int | None], list[Sample]] = defaultdict(list)
     signatures: list[NDArray[np.float32]] = []
-    for done, sample in enumerate(manifest, start=1):
-        try:
-            image = read_image(sample.path, frame=sample.frame, apply_voi=False)
-        except ReadError as err:
-            unreadable.append((_row(sample), _reason(err, sample.path)))
+    looks = read_ahead(manifest, partial(_look, near=near), rows=_AHEAD, size=lambda _: 0)
+    for done, (sample, look) in enumerate(zip(manifest, looks, strict=True), start=1):
+        if isinstance(look, str):
+            unreadable.append((_row(sample), look))
         else:
             readable.append(sample)
-            bad_masks += _mask_faults(sample, image)
-            groups[image.sha256, sample.frame].append(sample)
-            if sample.sha256 not in (None, image.sha256):
+            bad_masks += look.mask_faults
+            groups[look.sha256, sample.frame].append(sample)
+            if sample.sha256 not in (None, look.sha256):
                 altered.append(_row(sample))
-            if near:
-                signatures.append(edge_signature(image))
+            if look.signature is not None:
+                signatures.append(look.signature)
         if on_progress is not None:
             on_progress(done, len(manifest))
     duplicates = [DuplicateGroup(tuple(group)) for group in groups.values() if len(group) > 1]
@@ -249,6 +252,23 @@ def format_report(report: CheckReport) -> str:
     )
     lines += ["", *(f"error: {line}" for line in report.errors), *(f"warning: {line}" for line in report.warnings)]
     return "\n".join([*lines, "ok" if report.ok else "not ok"])
+
+
+class _Look(NamedTuple):
+    """What is kept of an image that was read."""
+
+    sha256: str
+    mask_faults: list[tuple[str, str]]
+    signature: NDArray[np.float32] | None
+
+
+def _look(sample: Sample, *, near: bool) -> _Look | str:
+    """Read an image and its mask; the reason where the image cannot be read."""
+    try:
+        image = read_image(sample.path, frame=sample.frame, apply_voi=False)
+    except ReadError as err:
+        return _reason(err, sample.path)
+    return _Look(image.sha256, list(_mask_faults(sample, image)), edge_signature(image) if near else None)
 
 
 def _mask_faults(sample: Sample, image: Image) -> Iterator[tuple[str, str]]:

@@ -3,7 +3,7 @@
 `ask` sends a request to a worker and returns its answer.  Workers are started when they are needed, kept for later
 calls, replaced when they die, and end with this process, however it ends: they read requests from a pipe that closes.
 They are plain interpreters and no `multiprocessing`: the user's script is not imported again, nothing is pickled, and
-daemonic processes may have workers too.  A message is its length and JSON; an image's pixels follow as they lie in memory.
+daemonic processes may have workers too.  A message is its length and JSON; pixels follow as they lie in memory.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ TIME_LIMIT = 120
 WORKERS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 _ATTEMPTS = 2
+_CORRUPT = "It is corrupt: export it again"
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from anatomaly.data import readers, workers; workers.serve(readers.answer)"
@@ -63,7 +64,7 @@ def ask(request: Request) -> Answer:
                 answer, pixels = worker.ask({**request, "seconds": TIME_LIMIT})
             except _DiedError as err:
                 if attempt == _ATTEMPTS or err.final:
-                    raise ReadError(f"cannot be decoded ({err}). It is corrupt: export it again, or leave it out.") from err
+                    raise ReadError(f"cannot be decoded ({err}). {err.advice}, or leave it out.") from err
                 continue
         raise_error_of(answer)
         return answer, pixels
@@ -96,14 +97,16 @@ def serve(answer: Callable[[Request], Answer]) -> None:
                 _send(answers, found)
             else:
                 _send(answers, {**found, "shape": pixels.shape})
-                _send_all(answers, memoryview(pixels).cast("B"))
+                _send_all(answers, pixels.data.cast("B"))
 
 
 class _DiedError(Exception):
-    """A worker ended before it answered; `final` if it makes no sense to ask again."""
+    """A worker ended before it answered; `final` if it makes no sense to ask again, `advice` to the user."""
 
     def __init__(self, code: int) -> None:
         self.final = code == -getattr(signal, "SIGALRM", 0)
+        killed = code == -getattr(signal, "SIGKILL", 0)
+        self.advice = "It is corrupt or needs more memory than there is: export it again" if killed else _CORRUPT
         reason = f"died, signal {-code}" if code < 0 else f"ended, exit code {code}"
         super().__init__(f"it took more than {TIME_LIMIT} s" if self.final else f"the decoder {reason}")
 
@@ -142,7 +145,7 @@ class _Worker:
             if "shape" not in answer:
                 return answer, None
             pixels = np.empty(answer["shape"], np.float32)
-            if not _fill(self.answers, memoryview(pixels).cast("B")):
+            if not _fill(self.answers, pixels.data.cast("B")):
                 raise EOFError
         except (OSError, EOFError, ValueError) as err:
             code = self.end()
@@ -202,7 +205,7 @@ class _Pool:
                 self.changed.notify_all()
 
     def _free(self, path: str) -> _Worker | None:
-        """A worker that may be asked about `path` now: the one that had it last, else one that waits, else a new one."""
+        """A worker that may be asked about `path` now: the one that had it last, else an idle one, else a new one."""
         self.workers = [worker for worker in self.workers if worker.busy or worker.process.poll() is None]
         for worker in self.workers:
             if worker.path == path:
