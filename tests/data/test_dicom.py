@@ -404,11 +404,11 @@ def test_sizes_are_checked_before_decoding(tmp_path):
 
 
 def test_no_message_or_header_holds_the_patient(tmp_path):
-    from anatomaly.data.dicom import _read_header
+    from anatomaly.data.dicom_source import open_source
 
     path = save(tmp_path / "a.dcm", dataset(TWELVE_BIT))
     assert "PatientName" in pydicom.dcmread(path)
-    assert "PatientName" not in _read_header(path)
+    assert "PatientName" not in open_source(path).header
 
 
 def test_a_dicom_mask(tmp_path):
