@@ -107,6 +107,7 @@ class CheckReport:
         duplicates: Groups of equal files.
         near_duplicates: Look-alikes across splits, most similar first.
         patients_in_two_splits: Patients whose images lie in several splits.
+        notes: (row, note) of every image whose pixels need a word, such as an unusable window.
     """
 
     counts: tuple[Count, ...]
@@ -116,6 +117,7 @@ class CheckReport:
     duplicates: tuple[DuplicateGroup, ...] = ()
     near_duplicates: tuple[NearDuplicate, ...] = ()
     patients_in_two_splits: tuple[PatientLeak, ...] = ()
+    notes: tuple[tuple[str, str], ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -146,7 +148,9 @@ class CheckReport:
             "images are repeated within a split or across tasks": len(harmless),
             "pairs of images look the same across splits": len(self.near_duplicates),
         }
-        return [f"{number} {what}" for what, number in findings.items() if number] + _gaps(self.counts)
+        noted = Counter(note for _, note in self.notes)
+        lines = [f"{number} {what}" for what, number in findings.items() if number]
+        return lines + [f"{number} images: {note}" for note, number in sorted(noted.items())] + _gaps(self.counts)
 
 
 def check_manifest(
@@ -171,9 +175,11 @@ def check_manifest(
     altered: list[str] = []
     groups: dict[tuple[str, int | None], list[Sample]] = defaultdict(list)
     signatures: list[NDArray[np.float32]] = []
+    notes: list[tuple[str, str]] = []
     for done, sample in enumerate(manifest, start=1):
         try:
-            image = read_image(sample.path, frame=sample.frame, apply_voi=False)
+            # as the default intensity rule reads it, so that what is refused later is refused here
+            image = read_image(sample.path, frame=sample.frame, apply_voi=True)
         except ReadError as err:
             unreadable.append((_row(sample), _reason(err, sample.path)))
         else:
@@ -182,6 +188,8 @@ def check_manifest(
             groups[image.sha256, sample.frame].append(sample)
             if sample.sha256 not in (None, image.sha256):
                 altered.append(_row(sample))
+            if image.note is not None:
+                notes.append((_row(sample), image.note))
             if near:
                 signatures.append(edge_signature(image))
         if on_progress is not None:
@@ -195,6 +203,7 @@ def check_manifest(
         duplicates=tuple(duplicates),
         near_duplicates=tuple(_near_duplicates(readable, signatures, duplicates)) if near else (),
         patients_in_two_splits=tuple(_patient_leaks(manifest)),
+        notes=tuple(notes),
     )
 
 

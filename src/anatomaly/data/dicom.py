@@ -155,15 +155,15 @@ def _voi(
             return shown / np.float32(top), (0.0, 1.0), None
         except ReadError:
             note = "its own display table cannot be used"
-    centres, widths = _numbers(header, "WindowCenter"), _numbers(header, "WindowWidth")
     function = str(header.get("VOILUTFunction") or "LINEAR").upper()
-    for centre, width in zip(centres, widths, strict=False):
-        if np.isfinite(centre) and np.isfinite(width) and width > 0 and (function != "LINEAR" or width >= 1):
-            if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
-                note = "its own window has an unknown shape"
-                break
-            return _windowed(values, centre, width, function), (0.0, 1.0), note
-        note = f"its own window of width {width:g} cannot be used"
+    windows = list(zip(_numbers(header, "WindowCenter"), _numbers(header, "WindowWidth"), strict=False))
+    if windows and function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
+        windows, note = [], "its own window has an unknown shape"
+    narrowest = 1.0 if function == "LINEAR" else np.nextafter(0.0, 1.0)
+    for centre, width in windows:
+        if np.isfinite(centre) and np.isfinite(width) and width >= narrowest:
+            return _windowed(values, centre, width, function), (0.0, 1.0), None
+        note = note or f"its own window of width {width:g} cannot be used"
     return values, value_range, note and f"{note}: shown in the range the file declares"
 
 

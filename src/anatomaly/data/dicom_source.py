@@ -5,6 +5,7 @@ Only the elements that say how to decode and display the pixels are ever read, s
 
 from __future__ import annotations
 
+import re
 import struct
 from functools import lru_cache
 from math import prod
@@ -72,6 +73,55 @@ _LAYOUT = {
 _PIXEL_ELEMENTS = {0x0010: "PixelData", 0x0008: "FloatPixelData", 0x0009: "DoubleFloatPixelData"}  # of group 7FE0
 _LONG_VRS = (b"OB", b"OW", b"OF", b"OD", b"UN")
 _UNDEFINED = 2**32 - 1
+#: Values by which a file without preamble is recognised: group lengths, character set, image type, UIDs.
+_UID = re.compile(rb"[012](\.\d+)+")
+_TELLING = {
+    0x00020000: re.compile(rb".{1,4}", re.DOTALL),
+    0x00020010: _UID,
+    0x00080000: re.compile(rb".{1,4}", re.DOTALL),
+    0x00080005: re.compile(rb"(ISO|GB|\\).*|"),
+    0x00080008: re.compile(rb"(ORIGINAL|DERIVED)\\.*"),
+    0x00080016: _UID,
+    0x00080018: _UID,
+}
+
+
+def begins_without_preamble(head: bytes) -> bool:
+    """Whether a file begins with DICOM elements straight away, as files from old or careless writers do.
+
+    Told by several elements in order, not by one: the first bytes must be elements of group 2 or 8 in ascending order,
+    among them one whose value is the one the standard asks for.
+
+    Args:
+        head: The first bytes of the file, 352 are enough.
+    """
+    if head[:2] not in (b"\2\0", b"\x08\0", b"\0\2", b"\0\x08"):
+        return False
+    return any(_are_elements(head, order, explicit) for order, explicit in (("<", True), ("<", False), (">", True)))
+
+
+def _are_elements(head: bytes, order: str, explicit: bool) -> bool:
+    at, previous, elements, proofs = 0, -1, 0, 0
+    while at + 12 <= len(head):
+        group, element = struct.unpack(f"{order}HH", head[at : at + 4])
+        tag = group << 16 | element
+        if previous >> 16 != group and proofs:  # group 2 may be encoded in another way than what follows
+            break
+        if group not in (2, 8) or tag <= previous or (explicit and not head[at + 4 : at + 6].isalpha()):
+            return False
+        if not explicit:
+            start, length = at + 8, struct.unpack(f"{order}I", head[at + 4 : at + 8])[0]
+        elif head[at + 4 : at + 6] in (*_LONG_VRS, b"SQ", b"UT", b"UC", b"UR"):
+            start, length = at + 12, struct.unpack(f"{order}I", head[at + 8 : at + 12])[0]
+        else:
+            start, length = at + 8, struct.unpack(f"{order}H", head[at + 6 : at + 8])[0]
+        value = head[start : start + length]
+        if tag in _TELLING:
+            if not _TELLING[tag].fullmatch(value.strip(b"\0 ")):
+                return False
+            proofs += 1
+        at, previous, elements = start + length, tag, elements + 1
+    return proofs > 1 or (proofs == 1 and elements > 2)
 
 
 class Source(NamedTuple):
