@@ -111,6 +111,7 @@ class CheckReport:
         duplicates: Groups of equal files.
         near_duplicates: Look-alikes across splits, most similar first.
         patients_in_two_splits: Patients whose images lie in several splits.
+        notes: (row, note) of every image whose pixels need a word, such as an unusable window.
     """
 
     counts: tuple[Count, ...]
@@ -120,6 +121,7 @@ class CheckReport:
     duplicates: tuple[DuplicateGroup, ...] = ()
     near_duplicates: tuple[NearDuplicate, ...] = ()
     patients_in_two_splits: tuple[PatientLeak, ...] = ()
+    notes: tuple[tuple[str, str], ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -150,7 +152,9 @@ class CheckReport:
             "images are repeated within a split or across tasks": len(harmless),
             "pairs of images look the same across splits": len(self.near_duplicates),
         }
-        return [f"{number} {what}" for what, number in findings.items() if number] + _gaps(self.counts)
+        noted = Counter(note for _, note in self.notes)
+        lines = [f"{number} {what}" for what, number in findings.items() if number]
+        return lines + [f"{number} images: {note}" for note, number in sorted(noted.items())] + _gaps(self.counts)
 
 
 def check_manifest(
@@ -175,6 +179,7 @@ def check_manifest(
     altered: list[str] = []
     groups: dict[tuple[str, int | None], list[Sample]] = defaultdict(list)
     signatures: list[NDArray[np.float32]] = []
+    notes: list[tuple[str, str]] = []
     looks = read_ahead(manifest, partial(_look, near=near), rows=_AHEAD, size=lambda _: 0)
     for done, (sample, look) in enumerate(zip(manifest, looks, strict=True), start=1):
         if isinstance(look, str):
@@ -185,6 +190,8 @@ def check_manifest(
             groups[look.sha256, sample.frame].append(sample)
             if sample.sha256 not in (None, look.sha256):
                 altered.append(_row(sample))
+            if look.note is not None:
+                notes.append((_row(sample), look.note))
             if look.signature is not None:
                 signatures.append(look.signature)
         if on_progress is not None:
@@ -198,6 +205,7 @@ def check_manifest(
         duplicates=tuple(duplicates),
         near_duplicates=tuple(_near_duplicates(readable, signatures, duplicates)) if near else (),
         patients_in_two_splits=tuple(_patient_leaks(manifest)),
+        notes=tuple(notes),
     )
 
 
@@ -259,16 +267,19 @@ class _Look(NamedTuple):
 
     sha256: str
     mask_faults: list[tuple[str, str]]
+    note: str | None
     signature: NDArray[np.float32] | None
 
 
 def _look(sample: Sample, *, near: bool) -> _Look | str:
     """Read an image and its mask; the reason where the image cannot be read."""
     try:
-        image = read_image(sample.path, frame=sample.frame, apply_voi=False)
+        # as the default intensity rule reads it, so that what is refused later is refused here
+        image = read_image(sample.path, frame=sample.frame, apply_voi=True)
     except ReadError as err:
         return _reason(err, sample.path)
-    return _Look(image.sha256, list(_mask_faults(sample, image)), edge_signature(image) if near else None)
+    faults = list(_mask_faults(sample, image))
+    return _Look(image.sha256, faults, image.note, edge_signature(image) if near else None)
 
 
 def _mask_faults(sample: Sample, image: Image) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""What every format decoder shares: the record it hands to `readers.read_image`, the checks, and the error boundary.
+"""What every format decoder shares: the record it hands to `readers.read_image`, its checks, and the error boundary.
 
 Decoders say only what is wrong ("is a stack of 3 frames, ..."); the boundary adds which file it is, once.
 """
@@ -6,12 +6,14 @@ Decoders say only what is wrong ("is a stack of 3 frames, ..."); the boundary ad
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from numpy.typing import NDArray
 
 from anatomaly.errors import AnatomalyError, ConfigError, ReadError
@@ -23,6 +25,7 @@ _BYTES_PER_VALUE = 8  # as read and as shown, both float32
 
 _max_decoded = int(MAX_DECODED_GIB * 2**30)
 _CHATTY_LOGGERS = ("PIL", "tifffile", "pydicom", "nibabel.global")
+_SPACINGS = 1e-6, 1e4  # mm; beyond lies no pixel, only a damaged header
 
 
 class Decoded(NamedTuple):
@@ -34,6 +37,9 @@ class Decoded(NamedTuple):
         frame: 0-based frame, or None where the file holds one image only.
         invert: Whether low values are displayed bright.
         spacing: mm per pixel, (row, column), or None.
+        note: What to know about the pixels, such as a window that could not be used, or None.
+        limits: Lowest and highest finite value of the volume this is a slice of, where the slice has NaN or infinite
+            pixels; None for the image's own.
     """
 
     pixels: NDArray[Any]
@@ -41,6 +47,8 @@ class Decoded(NamedTuple):
     frame: int | None = None
     invert: bool = False
     spacing: tuple[float, float] | None = None
+    note: str | None = None
+    limits: tuple[float, float] | None = None
 
 
 def limit_decoded(gib: float) -> None:
@@ -115,6 +123,91 @@ def pick_frame(frame: int | None, count: int) -> int:
     return index
 
 
+def upright(pixels: NDArray[Any], orientation: Any) -> NDArray[Any]:
+    """Turn (C, H, W) pixels the way EXIF/TIFF tag 274 says they are shown; anything but 2 to 8 is as stored."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(1, 2)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, :, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[:, ::-1]
+    return pixels
+
+
+def usable_spacing(row: float, column: float) -> tuple[float, float] | None:
+    """(row, column) in mm, or None where they cannot be lengths of a pixel: no score needs them."""
+    shortest, longest = _SPACINGS
+    return (float(row), float(column)) if all(shortest <= length <= longest for length in (row, column)) else None
+
+
+def finite_limits(pixels: NDArray[Any]) -> tuple[float, float] | None:
+    """Lowest and highest finite value, or None where there is none."""
+    finite = pixels[np.isfinite(pixels)]
+    return (float(finite.min()), float(finite.max())) if finite.size else None
+
+
+def fill_gaps(decoded: Decoded) -> Decoded:
+    """Give NaN and infinite pixels a value: NaN and -inf the lowest finite one, +inf the highest.
+
+    NaN marks what was not scanned (SPM, resampling), which every viewer shows as black; an infinite pixel lies beyond
+    all others, so any intensity rule clips it to the end where it now is.
+
+    Raises:
+        ReadError: No pixel is finite.
+    """
+    bad = ~np.isfinite(decoded.pixels)
+    count = int(np.count_nonzero(bad))
+    if not count:
+        return decoded
+    limits = decoded.limits or finite_limits(decoded.pixels)
+    if limits is None or count == bad.size:
+        raise ReadError(
+            f"{count} of {bad.size} pixels are NaN or infinite, so there is nothing to judge. "
+            "Leave this image out, or export it again if it should show something."
+        )
+    filled = np.where(bad, np.where(decoded.pixels > 0, limits[1], limits[0]), decoded.pixels)
+    what = "its NaN pixels were taken as the lowest value, infinite ones as the nearest"
+    return decoded._replace(pixels=filled, note=what if decoded.note is None else f"{decoded.note}; {what}")
+
+
+@contextmanager
+def _silent(logger: logging.Logger) -> Iterator[None]:
+    """Neither the logger nor the loggers below it, which `disabled` does not reach, say anything."""
+    was, silence = (logger.disabled, logger.propagate), logging.NullHandler()
+    logger.addHandler(silence)
+    logger.disabled, logger.propagate = True, False
+    try:
+        yield
+    finally:
+        logger.disabled, logger.propagate = was
+        logger.removeHandler(silence)
+
+
+class _Quiet:
+    """Silences library chatter while at least one thread reads: the switches are global, so they are counted."""
+
+    def __init__(self) -> None:
+        self.lock, self.readers, self.undo = threading.Lock(), 0, ExitStack()
+
+    def enter(self) -> None:
+        with self.lock:
+            self.readers += 1
+            if self.readers == 1:
+                self.undo.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")
+                for logger in map(logging.getLogger, _CHATTY_LOGGERS):
+                    self.undo.enter_context(_silent(logger))
+
+    def leave(self) -> None:
+        with self.lock:
+            self.readers -= 1
+            if self.readers == 0:
+                self.undo.close()
+
+
+_quiet = _Quiet()
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Put `path` in front of what goes wrong inside.
@@ -138,14 +231,9 @@ def reading(path: Path) -> Iterator[None]:
         AnatomalyError: The one raised inside, with `path` in front.
         ReadError: Anything else: the file is missing, a folder, corrupt or truncated.
     """
-    loggers = [logging.getLogger(name) for name in _CHATTY_LOGGERS]
-    were_disabled = [logger.disabled for logger in loggers]
+    _quiet.enter()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            for logger in loggers:
-                logger.disabled = True
-            yield
+        yield
     except AnatomalyError as err:
         raise type(err)(f"{path}: {err}") from err
     except FileNotFoundError as err:
@@ -161,5 +249,4 @@ def reading(path: Path) -> Iterator[None]:
         reason = "".join(letter if letter.isprintable() else "?" for letter in words) or type(err).__name__
         raise ReadError(f"{path}: cannot be decoded ({reason}). It is corrupt or truncated: export it again.") from err
     finally:
-        for logger, was_disabled in zip(loggers, were_disabled, strict=True):
-            logger.disabled = was_disabled
+        _quiet.leave()

@@ -201,7 +201,7 @@ class _Pool:
                 worker.busy = False
                 self.workers.remove(worker)
                 if not worker.requests.closed:
-                    self.workers.append(worker)  # last: the one that has waited longest is taken first
+                    self.workers.append(worker)  # last, which is taken first: others give back what they kept
                 self.changed.notify_all()
 
     def _free(self, path: str) -> _Worker | None:
@@ -210,7 +210,7 @@ class _Pool:
         for worker in self.workers:
             if worker.path == path:
                 return None if worker.busy else worker
-        for worker in self.workers:
+        for worker in reversed(self.workers):
             if not worker.busy:
                 return worker
         if len(self.workers) >= WORKERS:
