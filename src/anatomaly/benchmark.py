@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from anatomaly import __version__
 from anatomaly.config import differences, with_later_settings
 from anatomaly.cost import Cost
+from anatomaly.data.decoding import MAX_DECODED_GIB, decoded_limit, limit_decoded
 from anatomaly.errors import AnatomalyError, ConfigError
 from anatomaly.protocols import draw_supports, forbid_leak, leave_one_task_out, samples_to_test, supports_at_most
 from anatomaly.results import write_whole
@@ -227,7 +228,8 @@ def run_grid(
     if lists:
         write_support_lists(lists, out / "supports.json")
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=(jobs,)) as pool:
+    start = (jobs, decoded_limit())
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=start) as pool:
         waiting: dict[Future[None], tuple[str, list[Cell]]] = {}
 
         def submit(cell: Cell) -> None:
@@ -361,10 +363,11 @@ def _finished(folder: Path, key: Mapping[str, Any]) -> bool:
     )
 
 
-def _start_worker(jobs: int) -> None:
-    """Share out the cores, or what OMP_NUM_THREADS leaves of them."""
+def _start_worker(jobs: int, max_decoded_gib: float = MAX_DECODED_GIB) -> None:
+    """Share out the cores, or what OMP_NUM_THREADS leaves of them, and pass on the limit of decoded files."""
     import torch
 
+    limit_decoded(max_decoded_gib)
     torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
