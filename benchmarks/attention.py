@@ -17,7 +17,7 @@ import torch
 
 from anatomaly.backbones import build_backbone
 from anatomaly.methods import build_method
-from anatomaly.spine import predict_tensor
+from anatomaly.scoring import predict_tensor
 from anatomaly.types import Scoring
 
 SIDES = ("d24fad", "attention", "nearest")

@@ -23,14 +23,13 @@ import torch
 import torch.nn.functional as F
 
 from anatomaly.backbones import build_backbone
-from anatomaly.calibration import false_positive_range, needed_normals, p_values
 from anatomaly.config import FitConfig, TrainingConfig
 from anatomaly.data.manifest import load_manifest
-from anatomaly.data.phantom import draw, write_benchmark
+from anatomaly.detector.conformal import false_positive_range, needed_normals, p_values
 from anatomaly.methods import build_method
-from anatomaly.scoring import blur, image_score
-from anatomaly.spine import compare_tensor, encode_tensor
-from anatomaly.training import fit
+from anatomaly.scoring import blur, compare_tensor, encode_tensor, image_score
+from anatomaly.synthetic.phantom import draw, write_benchmark
+from anatomaly.training.fit import fit
 from anatomaly.types import Preprocessing, Scoring
 
 RATES = (0.2, 0.1, 0.05, 0.01)

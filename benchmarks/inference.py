@@ -21,8 +21,8 @@ import torch
 
 from anatomaly.backbones import build_backbone
 from anatomaly.methods import build_method
-from anatomaly.scoring import anomaly_map, blur, image_score
-from anatomaly.spine import compare_tensor, encode_tensor, predict_tensor
+from anatomaly.methods.settings import PDDSettings
+from anatomaly.scoring import anomaly_map, blur, compare_tensor, encode_tensor, image_score, predict_tensor
 from anatomaly.types import Comparison, Scoring
 
 
@@ -94,7 +94,7 @@ def d24fad_sides(args):
 def pdd_sides(args):
     names, settings = ("wide_resnet50_2", "vmamba_tiny_merged"), {"shared_students": True}
     method, plain = (
-        build_method("pdd", [build_backbone(name, weights="random") for name in names], pdd=settings).eval()
+        build_method("pdd", [build_backbone(name, weights="random") for name in names], PDDSettings(**settings)).eval()
         for _ in range(2)
     )
     for module in (plain, *plain.teachers.values()):

@@ -19,9 +19,9 @@ from pathlib import Path
 
 from anatomaly.config import FitConfig, MethodConfig, TeacherConfig, TrainingConfig
 from anatomaly.data.manifest import load_manifest
-from anatomaly.evaluation import evaluate
-from anatomaly.protocols import leave_one_task_out
-from anatomaly.training import fit
+from anatomaly.evaluation.evaluate import evaluate
+from anatomaly.evaluation.protocols import leave_one_task_out
+from anatomaly.training.fit import fit
 from anatomaly.types import Preprocessing, Scoring
 
 METRICS = ("auroc", "ap", "f1max", "f1max_floor", "pixel_auroc", "aupro", "dice_max")

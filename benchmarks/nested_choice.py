@@ -16,12 +16,11 @@ import torch
 
 from anatomaly.data.loading import load_batches
 from anatomaly.data.manifest import load_manifest
-from anatomaly.inference import Detector
+from anatomaly.detector.detector import Detector
+from anatomaly.evaluation.metrics import auroc
+from anatomaly.evaluation.protocols import draw_supports, samples_to_test
 from anatomaly.methods import build_method
-from anatomaly.metrics import auroc
-from anatomaly.protocols import draw_supports, samples_to_test
-from anatomaly.scoring import anomaly_map, blur, image_score, surroundings
-from anatomaly.spine import compare_tensor
+from anatomaly.scoring import anomaly_map, blur, compare_tensor, image_score, surroundings
 from anatomaly.types import Scoring
 
 SHOTS, GRID = (2, 4, 8), (32, 32)

@@ -12,7 +12,7 @@ import time
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
-from anatomaly.data.phantom import TASKS, draw, png_bytes
+from anatomaly.synthetic.phantom import TASKS, draw, png_bytes
 
 BLOCK = 50  # images timed together
 

@@ -17,7 +17,7 @@ import time
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
-from anatomaly.pixel_metrics import PixelCounts, pixel_metrics, region_shares
+from anatomaly.evaluation.pixel_metrics import PixelCounts, pixel_metrics, region_shares
 
 
 def main():

@@ -16,9 +16,9 @@ import time
 import numpy as np
 import torch
 
-from anatomaly.backbones import _scan_numba
-from anatomaly.backbones.cross_scan import cross_selective_scan
-from anatomaly.backbones.vmamba import VARIANTS, WIDTHS
+from anatomaly.backbones.vmamba import _scan_numba
+from anatomaly.backbones.vmamba.cross_scan import cross_selective_scan
+from anatomaly.backbones.vmamba.network import VARIANTS, WIDTHS
 
 BACKENDS = ("ref", "chunked", "numba")
 

@@ -21,6 +21,7 @@ import torch
 
 from anatomaly.backbones import build_backbone
 from anatomaly.methods import build_method
+from anatomaly.methods.settings import PDDSettings
 
 
 def main():
@@ -117,7 +118,7 @@ class PDDSide(Side):
         self.images, self.released, self.fast, self.bf16 = images, released, fast, bf16
         teachers = [build_backbone(name, weights="random") for name in ("wide_resnet50_2", "vmamba_tiny_merged")]
         settings = {"shared_students": True, "cosine_sign": "release"}  # the same loss on all sides
-        self.method = build_method("pdd", teachers, pdd=settings).train()
+        self.method = build_method("pdd", teachers, PDDSettings(**settings)).train()
         if released:
             for module in (self.method, *teachers):
                 module.to(memory_format=torch.contiguous_format)

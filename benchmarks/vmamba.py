@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from selective_scan import peak_mib, reset_peak
 
-from anatomaly.backbones import vmamba
-from anatomaly.backbones.vmamba import VARIANTS, VMamba
+from anatomaly.backbones.vmamba import network as vmamba
+from anatomaly.backbones.vmamba.network import VARIANTS, VMamba
 
 SIDES = (("ref", False), ("chunked", False), ("numba", False), ("numba", True))
 
@@ -89,7 +89,7 @@ def onnx(args):
     import onnxruntime
 
     from anatomaly.backbones import build_backbone
-    from anatomaly.export import export_teacher
+    from anatomaly.backbones.export import export_teacher
 
     teacher = build_backbone(args.model, weights="random")
     with tempfile.TemporaryDirectory() as folder:

@@ -58,7 +58,7 @@ def golden_files(tmp_path_factory):
 def phantom(tmp_path_factory):
     """A small phantom benchmark at 64 px: two tasks, each with 8 normal training, 4 normal and 4 anomalous tests."""
     from anatomaly.data.manifest import load_manifest
-    from anatomaly.data.phantom import write_benchmark
+    from anatomaly.synthetic.phantom import write_benchmark
 
     out = tmp_path_factory.mktemp("phantom")
     tasks = ("head_ct", "brain_mr")
@@ -68,23 +68,20 @@ def phantom(tmp_path_factory):
 @pytest.fixture(scope="session")
 def make_detector(lite0):
     """make_detector("nearest", size=(64, 96), ...): an untrained, seeded detector at 64 px, new at every call."""
-    from dataclasses import asdict
-
     from anatomaly.config import MethodConfig
-    from anatomaly.inference import Detector
+    from anatomaly.detector.detector import Detector
+    from anatomaly.detector.facts import ModelFacts
     from anatomaly.methods import build_method
     from anatomaly.types import Preprocessing, Scoring
 
     def make(name="d24fad", *, teacher=lite0, seed=0, scoring=None, task_intensity=None, **preprocessing):
         teachers = [teacher, teacher] if name == "pdd" else [teacher]
+        method = build_method(name, teachers, seed=seed)
         return Detector(
-            build_method(name, teachers, seed=seed),
+            method,
             preprocessing=Preprocessing(**{"size": (64, 64), **preprocessing}),
             scoring=scoring or Scoring(),
-            facts={
-                "method": asdict(MethodConfig(name=name)),
-                **{role: one.facts() for role, one in zip(("teacher", "global_teacher"), teachers, strict=False)},
-            },
+            facts=ModelFacts.of(MethodConfig(name), method),
             task_intensity=task_intensity,
             device="cpu",
         )

@@ -18,8 +18,8 @@ from PIL import Image
 
 from anatomaly import __version__, cli
 from anatomaly.cli import COMMANDS, main
-from anatomaly.metrics import bootstrap
-from anatomaly.results import read_scores
+from anatomaly.evaluation.metrics import bootstrap
+from anatomaly.results.writer import read_scores
 
 TINY = ("--teacher.weights=random", "--preprocessing.size=[64,64]", "--training.shots=1", "--training.batch_size=2")
 
@@ -545,7 +545,7 @@ def test_importing_what_is_no_checkpoint_is_one_line(refused, world, tmp_path):
 
 
 def test_the_demo_runs_from_images_to_report_once(run, refused, tmp_path, monkeypatch):
-    from anatomaly import demo
+    from anatomaly.commands import demo
 
     draw = demo.write_benchmark
 
@@ -554,12 +554,12 @@ def test_the_demo_runs_from_images_to_report_once(run, refused, tmp_path, monkey
 
     monkeypatch.setattr(demo, "write_benchmark", few)
     monkeypatch.setattr(demo, "_SHOTS", (1, 2))
-    monkeypatch.setattr("anatomaly.evaluation.bootstrap", partial(bootstrap, samples=10))
+    monkeypatch.setattr("anatomaly.evaluation.evaluate.bootstrap", partial(bootstrap, samples=10))
     monkeypatch.setattr(demo, "_D24FAD", replace(demo._D24FAD, epochs=1))
     ours = demo.load_preset()
     short = replace(ours, training=replace(ours.training, epochs=1, shots=2))
     monkeypatch.setattr(demo, "load_preset", lambda: short)
-    monkeypatch.setattr("anatomaly.data.lesion_episodes.STEPS", 2)
+    monkeypatch.setattr("anatomaly.training.lesion_episodes.STEPS", 2)
     code, out, _ = run("demo", "--out", tmp_path / "demo")
     assert code == 0
     assert out.endswith(f"Report: {tmp_path / 'demo/report.html'}\n")

@@ -7,7 +7,6 @@ import pytest
 
 from anatomaly.cli import main
 from anatomaly.config import (
-    AttentionConfig,
     FitConfig,
     MethodConfig,
     TeacherConfig,
@@ -17,16 +16,17 @@ from anatomaly.config import (
     with_later_settings,
 )
 from anatomaly.errors import ConfigError
+from anatomaly.methods.settings import AttentionSettings, D24FADSettings
 from anatomaly.types import Intensity, Preprocessing, Scoring
 
 
 def test_the_defaults_are_valid():
-    FitConfig()
+    FitConfig(MethodConfig("d24fad"))
 
 
 def test_the_ends_of_the_ranges_are_valid():
     TrainingConfig(shots=1, epochs=0, batch_size=1, validate_every=1, seed=0, gradient_clip=0, cache_gib=0)
-    FitConfig(scoring=Scoring(blur=0, top_fraction=1), method=MethodConfig(tsd_weight=0))
+    FitConfig(scoring=Scoring(blur=0, top_fraction=1), method=MethodConfig("d24fad", D24FADSettings(tsd_weight=0)))
 
 
 @pytest.mark.parametrize(
@@ -64,11 +64,11 @@ def test_training_settings_out_of_range_are_refused_by_name(name, values):
     ],
 )
 def test_parts_of_attention_out_of_range_are_refused_by_name(name, values):
-    AttentionConfig(teacher_levels=0, deepest=0.0)
-    AttentionConfig(teacher_levels=4)
+    AttentionSettings(teacher_levels=0, deepest=0.0)
+    AttentionSettings(teacher_levels=4)
     for value in values:
         with pytest.raises(ConfigError, match=rf"^method\.attention\.{name}: got {value}, expected "):
-            AttentionConfig(**{name: value})
+            AttentionSettings(**{name: value})
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_a_recorded_run_gets_the_settings_that_came_later():
     assert with_later_settings({}) == {}
     assert with_later_settings({"method": {"name": "nearest"}})["method"] == {
         "name": "nearest",
-        "attention": asdict(AttentionConfig()),
+        "attention": asdict(AttentionSettings()),
     }
     own = {"method": {"name": "attention", "attention": {"mirrored": False}}}
     assert with_later_settings(own) == own
@@ -149,7 +149,7 @@ def test_a_recorded_run_gets_the_settings_that_came_later():
 
 def test_the_preset_of_attention_is_a_valid_setting(monkeypatch, phantom):
     called = []
-    monkeypatch.setattr("anatomaly.training.fit", lambda manifest, out, config: called.append(config))
+    monkeypatch.setattr("anatomaly.training.fit.fit", lambda manifest, out, config: called.append(config))
     assert main(["fit", "--preset", "attention", "--data", str(phantom.source), "--out", "unused"]) == 0
     (config,) = called
     assert isinstance(config, FitConfig)

@@ -5,7 +5,7 @@ import torch
 
 from anatomaly.backbones import build_backbone
 from anatomaly.methods import build_method
-from anatomaly.spine import predict_tensor
+from anatomaly.scoring import predict_tensor
 from anatomaly.types import Scoring
 
 pytestmark = pytest.mark.gpu
@@ -27,8 +27,8 @@ def test_scores_on_cuda_are_those_of_the_cpu(name):
 def test_fit_and_predict_on_cuda(tmp_path):
     from anatomaly.config import FitConfig, TrainingConfig
     from anatomaly.data.manifest import load_manifest
-    from anatomaly.data.phantom import write_benchmark
-    from anatomaly.training import fit
+    from anatomaly.synthetic.phantom import write_benchmark
+    from anatomaly.training.fit import fit
 
     tasks = ("brain_mr", "head_ct")
     manifest = load_manifest(write_benchmark(tmp_path / "data", train=12, test_normal=2, test_anomalous=2, tasks=tasks))

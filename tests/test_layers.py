@@ -14,18 +14,19 @@ PACKAGE = Path(anatomaly.__file__).parent
 ROWS = (  # a module may import modules of lower rows, and its own folder's
     "cli",
     "commands",
-    "demo ablation benchmark audit",
-    "official output evaluation training export explain calibrating leaderboard_tables",
-    "report inference validation leaderboard peers",
-    "bundle spine anomalib_bridge",
-    "methods comparison protocols published support_lists timm_models",
-    "data backbones scoring metrics pixel_metrics calibration feature_cache results cost",
+    "benchmark audit explain",
+    "training results",
+    "detector",
     "presets",
     "config",
-    "types errors",
+    "methods timm_models",
+    "backbones evaluation",
+    "data synthetic scoring",
+    "files",
+    "types errors _version",
 )
 ROW = {name: row for row, names in enumerate(ROWS) for name in names.split()}
-READ_CONFIG = set(" ".join(ROWS[:4]).split()) | {"inference", "presets"}  # below, plain arguments
+READ_CONFIG = set(" ".join(ROWS[: ROWS.index("config")]).split())  # below, plain arguments
 
 FILES = {".".join(f.relative_to(PACKAGE).with_suffix("").parts): f for f in sorted(PACKAGE.rglob("*.py"))}
 TREES = {name.removesuffix(".__init__"): ast.parse(file.read_text("utf-8")) for name, file in FILES.items()}
@@ -61,7 +62,7 @@ class Imports(ast.NodeVisitor):
                 self.found.add(module if module in TREES else inside or f"anatomaly.{alias.name}")
 
 
-NEEDS = {name: Imports(name).found - {"anatomaly.__version__"} for name in TREES}  # the version may be read anywhere
+NEEDS = {name: Imports(name).found for name in TREES}
 
 
 def top(module):

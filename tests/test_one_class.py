@@ -14,16 +14,18 @@ from torchvision.models import wide_resnet50_2
 
 from anatomaly.backbones import build_backbone
 from anatomaly.cli import main
-from anatomaly.config import FitConfig, MethodConfig, PDDConfig, TeacherConfig, TrainingConfig
+from anatomaly.config import FitConfig, MethodConfig, TeacherConfig, TrainingConfig
 from anatomaly.data.transforms import load
+from anatomaly.detector.detector import Detector
 from anatomaly.errors import ConfigError
-from anatomaly.evaluation import evaluate, table_of
-from anatomaly.inference import Detector
-from anatomaly.metrics import bootstrap
-from anatomaly.protocols import samples_to_test, split_normals
-from anatomaly.results import read_scores, scale_from_normals
-from anatomaly.spine import predict_tensor
-from anatomaly.training import fit
+from anatomaly.evaluation.cells import table_of
+from anatomaly.evaluation.evaluate import evaluate
+from anatomaly.evaluation.metrics import bootstrap
+from anatomaly.evaluation.protocols import samples_to_test, split_normals
+from anatomaly.methods.settings import PDDSettings
+from anatomaly.results.writer import read_scores
+from anatomaly.scoring import predict_tensor, scale_from_normals
+from anatomaly.training.fit import fit
 from anatomaly.types import Intensity, Preprocessing
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -35,7 +37,7 @@ def settings(*, far="timm/resnet18", pdd=None, **choices):
     training = {"epochs": 1, "batch_size": 5, "learning_rate": 2e-3, "validate_every": 1, "device": "cpu"}
     return FitConfig(
         global_teacher=TeacherConfig(far, "random"),
-        method=MethodConfig("pdd", pdd=pdd or PDDConfig()),
+        method=MethodConfig("pdd", pdd or PDDSettings()),
         preprocessing=SMALL,
         training=TrainingConfig(**training),
         **choices,
@@ -46,9 +48,9 @@ def settings(*, far="timm/resnet18", pdd=None, **choices):
 def quick():
     """Intervals of 20 samples, which nobody looks at; a teacher, which is frozen, is built once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("anatomaly.evaluation.bootstrap", partial(bootstrap, samples=20))
+        patch.setattr("anatomaly.evaluation.evaluate.bootstrap", partial(bootstrap, samples=20))
         build = cache(build_backbone)
-        for module in ("anatomaly.training", "anatomaly.bundle"):
+        for module in ("anatomaly.training.fit", "anatomaly.detector.bundle"):
             patch.setattr(f"{module}.build_backbone", build)
         yield
 
@@ -133,14 +135,14 @@ def test_a_loaded_model_gives_the_same_scores_and_settings(which, phantom, reque
 
 
 def test_a_finished_run_is_not_trained_again(several, phantom, monkeypatch):
-    monkeypatch.setattr("anatomaly.training._train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("anatomaly.training.student.train_student", lambda *_: pytest.fail("trained again"))
     folder, detector = several
     again = fit(phantom, folder, settings(task_intensity={"head_ct": DARK}))
     assert again.model_hash == detector.model_hash
 
 
 def test_plain_reverse_distillation_has_one_teacher(phantom, tmp_path):
-    pdd = PDDConfig(mpa=False, two_students=False)
+    pdd = PDDSettings(mpa=False, two_students=False)
     detector = fit(phantom.select(task="head_ct"), tmp_path, settings(far="none", pdd=pdd))
     assert "global_teacher" not in json.loads((tmp_path / "config.json").read_text())
     loaded = Detector.load(tmp_path, device="cpu")

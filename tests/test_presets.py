@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 
 from anatomaly.cli import main
-from anatomaly.config import FitConfig, MethodConfig, PDDConfig
+from anatomaly.config import FitConfig, MethodConfig
 from anatomaly.errors import ConfigError
+from anatomaly.methods.settings import D24FADSettings, PDDSettings
 from anatomaly.presets import DEFAULT_PRESET, load_preset, preset_file, preset_names
 from anatomaly.types import Intensity, Preprocessing
 
@@ -82,8 +83,8 @@ EXPECTED = {
         "training.resample": False,
     },
     "d24fad-paper": {**D24FAD, "method.distance": "positionwise", "scoring.pooling": "mean"},
-    "pdd-release": {**PDD, "method.pdd": PDDConfig(shared_students=True, cosine_sign="release", **PARTS)},
-    "pdd-paper": {**PDD, "method.pdd": PDDConfig(shared_students=False, cosine_sign="paper", **PARTS)},
+    "pdd-release": {**PDD, "method.pdd": PDDSettings(shared_students=True, cosine_sign="release", **PARTS)},
+    "pdd-paper": {**PDD, "method.pdd": PDDSettings(shared_students=False, cosine_sign="paper", **PARTS)},
 }
 
 
@@ -93,9 +94,9 @@ def settings_of(monkeypatch, phantom):
 
     def call(*words, command=("fit",)):
         called = []
-        monkeypatch.setattr("anatomaly.training.fit", lambda manifest, out, config: called.append(config))
+        monkeypatch.setattr("anatomaly.training.fit.fit", lambda manifest, out, config: called.append(config))
         monkeypatch.setattr(
-            "anatomaly.ablation.run_ablation", lambda manifest, out, base, **_: called.append(base) or []
+            "anatomaly.benchmark.ablation.run_ablation", lambda manifest, out, base, **_: called.append(base) or []
         )
         where = ["--data", str(phantom.source), "--out", "unused"]
         assert main([*command, *where, *map(str, words)]) == 0
@@ -148,22 +149,24 @@ def test_fit_has_a_preset_of_its_own_unless_a_file_or_a_method_is_named(settings
     assert settings_of() == ours
     assert settings_of("--training.seed", "3").method.name == "attention"
     assert settings_of("--method.name", "d24fad") == FitConfig(method=MethodConfig(name="d24fad"))
-    assert settings_of("--method.tsd_weight", "0.2") == FitConfig(method=MethodConfig(tsd_weight=0.2))
+    assert settings_of("--method.tsd_weight", "0.2") == FitConfig(
+        method=MethodConfig("d24fad", D24FADSettings(tsd_weight=0.2))
+    )
     for words in (("--method.attention.mirrored", "false"), ("--method.attention.mirrored=false",)):
-        attention = replace(ours.method.attention, mirrored=False)
+        attention = replace(ours.method.settings, mirrored=False)
         assert settings_of(*words) == replace(ours, method=replace(ours.method, attention=attention))
     for flag in ("-c", "--config"):
         assert settings_of(flag, file).training.epochs == 2
         assert settings_of(flag, file).method.name == "d24fad"
-    assert settings_of(f"--config={file}").training.batch_size == FitConfig().training.batch_size
+    assert settings_of(f"--config={file}").training.batch_size == FitConfig(MethodConfig("d24fad")).training.batch_size
 
 
 def test_the_ablation_of_the_default_method_starts_from_its_preset(settings_of):
     words = ("--preset", DEFAULT_PRESET)
     assert settings_of(command=("benchmark", "ablation", "attention")) == settings_of(*words)
-    assert settings_of(command=("benchmark", "ablation", "d24fad")) == FitConfig()
+    assert settings_of(command=("benchmark", "ablation", "d24fad")) == FitConfig(MethodConfig("d24fad"))
     assert settings_of("--method.name", "attention", command=("benchmark", "ablation", "attention")).training == (
-        FitConfig().training
+        FitConfig(MethodConfig("d24fad")).training
     )
 
 
@@ -171,7 +174,9 @@ def test_what_comes_later_wins(settings_of, tmp_path):
     pdd = ("--preset", "pdd-release")
     config = settings_of(*pdd, "--training.epochs=3", "--method.pdd.tau_low=0.5", "--teacher.name=efficientnet_lite0")
     assert (config.training.epochs, config.training.batch_size) == (3, 10)
-    assert config.method.pdd == PDDConfig(shared_students=True, cosine_sign="release", **{**PARTS, "tau_low": 0.5})
+    assert config.method.settings == PDDSettings(
+        shared_students=True, cosine_sign="release", **{**PARTS, "tau_low": 0.5}
+    )
     assert (config.teacher.name, config.global_teacher.name) == ("efficientnet_lite0", "vmamba_tiny_merged")
     assert settings_of("--training.epochs=3", *pdd).training.epochs == 100
     file = tmp_path / "mine.yaml"

@@ -6,11 +6,10 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from anatomaly.data.transforms import load
-from anatomaly.evaluation import evaluate
+from anatomaly.evaluation.evaluate import evaluate
+from anatomaly.evaluation.protocols import samples_to_test
 from anatomaly.methods import METHODS, build_method
-from anatomaly.protocols import samples_to_test
-from anatomaly.scoring import blur
-from anatomaly.spine import predict_tensor
+from anatomaly.scoring import blur, predict_tensor
 from anatomaly.types import Scoring
 
 SCORING = Scoring(blur=4.0, pooling="topk", top_fraction=0.05)

@@ -5,7 +5,7 @@ import timm
 import torch
 
 import anatomaly.timm_models  # noqa: F401 (registers)
-from anatomaly.backbones.vmamba import VMamba
+from anatomaly.backbones.vmamba.network import VMamba
 from anatomaly.errors import ConfigError, WeightsError
 
 

@@ -7,14 +7,14 @@ import logging
 import os
 import re
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from anatomaly import __version__
-from anatomaly.commands import audit, benchmark, calibrate, data, explain, judge, model
+from anatomaly._version import __version__
+from anatomaly.commands import audit, benchmark, calibrate, data, demo, evaluate, explain, export, fit, predict, release
 from anatomaly.commands.console import fail, instantiated
 from anatomaly.data.decoding import MAX_DECODED_GIB, limit_decoded
 from anatomaly.errors import AnatomalyError, ConfigError
-from anatomaly.presets import DEFAULT_PRESET, preset_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -97,7 +97,12 @@ def _parse(name: str, words: Sequence[str]) -> Namespace:
             help="Refuse files that take more memory, decoded.",
         )
     try:
-        options = instantiated(parser, parser.parse_args(_with_presets(_with_default(name, words))))
+        if command.layered:
+            from anatomaly.commands.settings import parse_layered
+
+            options = instantiated(parser, parse_layered(parser, words))
+        else:
+            options = instantiated(parser, parser.parse_args(words))
         if preset := options.get("preset"):  # from a file, where what it should give way to cannot be told
             raise ConfigError(f"{name}: a preset cannot be named in a file. Give it as a flag: --preset {preset}.")
         if name not in _WITHOUT_IMAGES:
@@ -113,27 +118,6 @@ def _parse(name: str, words: Sequence[str]) -> Namespace:
             f"{name}: the settings are not UTF-8 YAML with a mapping per group, such as 'training: {{epochs: 5}}'. "
             f"See anatomaly {name} --help."
         ) from err
-
-
-def _with_default(name: str, words: Sequence[str]) -> Sequence[str]:
-    """Give `fit`, and the ablation of the default method, their preset where no preset, file or method is named."""
-    default = name == "fit" or (name == "benchmark ablation" and DEFAULT_PRESET in words)
-    flags = [word.partition("=")[0] for word in words if not word.startswith(f"--method.{DEFAULT_PRESET}.")]
-    named = any(flag.split(".")[0] in ("--preset", "-c", "--config", "--method") for flag in flags)
-    return ["--preset", DEFAULT_PRESET, *words] if default and not named else words
-
-
-def _with_presets(words: Sequence[str]) -> list[str]:
-    """Put the file of a `--preset NAME` in its place; settings that come after it win."""
-    replaced: list[str] = []
-    for word in words:
-        if word.startswith("--preset="):
-            replaced += ["--config", str(preset_file(word.partition("=")[2]))]
-        elif replaced and replaced[-1] == "--preset":
-            replaced[-1:] = ["--config", str(preset_file(word))]
-        else:
-            replaced.append(word)
-    return replaced
 
 
 def _plain(message: str) -> str:
@@ -175,16 +159,20 @@ def _near(word: str, known: Any) -> str:
 
 
 class Command(NamedTuple):
-    """One verb: its help line, its options, and what it does with them (returning the exit code)."""
+    """One verb: its help line, its options, and what it does with them (returning the exit code).
+
+    `layered` ones take the settings of `fit`, whose defaults follow the method (`commands.settings`).
+    """
 
     help: str
     arguments: Callable[[ArgumentParser], None]
     run: Callable[[Namespace], int]
+    layered: bool = False
 
 
 COMMANDS = {
     "demo": Command(
-        "Train on built-in images of four kinds, test on a fifth, write a report.", judge.demo_arguments, judge.run_demo
+        "Train on built-in images of four kinds, test on a fifth, write a report.", demo.demo_arguments, demo.run_demo
     ),
     "data check": Command("Count, read and compare the images of a data set.", data.check_arguments, data.run_check),
     "data phantom": Command(
@@ -192,9 +180,9 @@ COMMANDS = {
     ),
     "data list": Command("List the public data sets of the papers.", data.list_arguments, data.run_list),
     "data prepare": Command("Turn a public download into a manifest.", data.prepare_arguments, data.run_prepare),
-    "fit": Command("Train a model on normal images of several tasks.", model.fit_arguments, model.run_fit),
+    "fit": Command("Train a model on normal images of several tasks.", fit.fit_arguments, fit.run_fit, layered=True),
     "predict": Command(
-        "Judge images against K normal ones and write a report.", judge.predict_arguments, judge.run_predict
+        "Judge images against K normal ones and write a report.", predict.predict_arguments, predict.run_predict
     ),
     "calibrate": Command(
         "Turn scores into p-values, from images known to be normal.",
@@ -202,15 +190,21 @@ COMMANDS = {
         calibrate.run_calibrate,
     ),
     "evaluate": Command(
-        "Measure a model on labelled images over several support draws.", judge.evaluate_arguments, judge.run_evaluate
+        "Measure a model on labelled images over several support draws.",
+        evaluate.evaluate_arguments,
+        evaluate.run_evaluate,
     ),
     "benchmark": Command(
         "Compare methods on the same images: a grid, resumable, to a leaderboard.",
         benchmark.grid_arguments,
         benchmark.run_grid,
+        layered=True,
     ),
     "benchmark ablation": Command(
-        "Train and judge a method's parts one by one, resumable.", benchmark.ablation_arguments, benchmark.run_ablation
+        "Train and judge a method's parts one by one, resumable.",
+        benchmark.ablation_arguments,
+        benchmark.run_ablation,
+        layered=True,
     ),
     "audit": Command(
         "Show the same maps under the sound and the published evaluations.", audit.audit_arguments, audit.run_audit
@@ -224,12 +218,16 @@ COMMANDS = {
         "Say which support images a verdict rests on.", explain.supports_arguments, explain.run_supports
     ),
     "export": Command(
-        "Write a frozen teacher as ONNX, compared with its own forward.", model.export_arguments, model.run_export
+        "Write a frozen teacher as ONNX, compared with its own forward.", export.export_arguments, export.run_export
     ),
-    "import d24fad": Command(
-        "Turn an official D24FAD checkpoint into a model.", model.d24fad_arguments, model.run_d24fad
-    ),
-    "import pdd": Command("Turn an official PDD checkpoint into a model.", model.pdd_arguments, model.run_pdd),
+    **{
+        f"import {name}": Command(
+            f"Turn an official {name} checkpoint into a model.",
+            partial(release.release_arguments, name=name),
+            partial(release.run_release, name=name),
+        )
+        for name in release.released()
+    },
 }
 
 

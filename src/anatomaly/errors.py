@@ -5,6 +5,10 @@ The command line prints it as one line and exits with 2; the service answers 4xx
 patient names.
 """
 
+from __future__ import annotations
+
+from typing import Any, get_args, get_type_hints
+
 
 class AnatomalyError(Exception):
     """Base of all errors that come from input rather than from a defect of this package."""
@@ -36,3 +40,27 @@ class ConfigError(AnatomalyError):
 
 class OutputError(AnatomalyError):
     """A result cannot be written, for example because the disk is full."""
+
+
+def check(where: str, value: object, valid: bool, expected: str) -> None:
+    """Refuse a setting in one line.
+
+    Raises:
+        ConfigError: Unless `valid`.
+    """
+    if not valid:
+        raise ConfigError(f"{where}: got {value}, expected {expected}.")
+
+
+def check_words(settings: Any, where: str) -> None:
+    """Hold the fields of a settings record that take one of a few words, or true and false, to these.
+
+    Raises:
+        ConfigError: A value is another one.
+    """
+    for name, kind in get_type_hints(type(settings)).items():
+        words, value = get_args(kind), getattr(settings, name)
+        if words and isinstance(words[0], str):
+            check(f"{where}.{name}", value, value in words, f"one of {', '.join(words)}")
+        elif kind is bool:
+            check(f"{where}.{name}", value, isinstance(value, bool), "true or false")

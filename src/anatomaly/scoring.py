@@ -1,21 +1,26 @@
-"""Comparisons -> anomaly map -> image score.  Images never see their neighbours in the batch."""
+"""The spine every number comes from: features -> comparisons -> anomaly map -> image score, without state.
+
+Training calls `predict_tensor` and its two halves to choose a checkpoint, benchmarks call them to measure,
+`Detector.predict` calls them to judge a scan: one function, and images that do not see their neighbours in the batch.
+"""
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from anatomaly.types import Comparison, Scoring
+    from anatomaly.types import Comparison, Method, Scoring
 
 
 def anomaly_map(comparisons: Sequence[Comparison], size: tuple[int, int]) -> Tensor:
@@ -121,3 +126,123 @@ def image_score(maps: Tensor, scoring: Scoring) -> Tensor:
         return flat.mean(dim=1)
     count = max(1, round(scoring.top_fraction * flat.shape[1]))
     return flat.topk(count, dim=1).values.mean(dim=1)
+
+
+#: Pixels of a map that a colour scale is made from.
+_PIXELS_PER_MAP = 65536
+
+
+def scale_from_normals(maps: Iterable[NDArray[Any]]) -> tuple[float, float]:
+    """Suggest a fixed colour scale from anomaly maps of images that are known to be normal.
+
+    The scale starts at the median pixel of the normal maps and spans three times the distance from there to their
+    99.5th percentile: the brightest spots of a normal image end up in the dark third, and there is room above them.
+
+    Args:
+        maps: At least one (H, W) map; sizes may differ.  Pixels that are not finite are ignored.
+
+    Returns:
+        (low, high) in map units, low < high even when all maps are constant.
+
+    Raises:
+        ValueError: There is no finite pixel in any map.
+
+    Example:
+        >>> scale_from_normals([np.arange(201.0)[:, None]])
+        (100.0, 397.0)
+    """
+    pixels = [_thinned(each) for each in maps]
+    pooled = np.concatenate([values[np.isfinite(values)] for values in pixels]) if pixels else np.empty(0)
+    if pooled.size == 0:
+        raise ValueError(f"scale_from_normals: got {len(pixels)} maps without a finite pixel, expected at least one.")
+    low, top = (float(value) for value in np.percentile(pooled, (50.0, 99.5)))
+    span = 3 * (top - low)
+    return low, low + max(span, 1e-6 * max(1.0, abs(low)))
+
+
+def _thinned(anomaly_map: NDArray[Any]) -> NDArray[np.float64]:
+    """Every n-th row and column, so that a large image has no more say than a small one."""
+    step = max(1, math.ceil(math.sqrt(anomaly_map.size / _PIXELS_PER_MAP)))
+    return np.asarray(anomaly_map[::step, ::step], dtype=np.float64).ravel()
+
+
+#: Of teacher and student; maps and scores are float32 in any case.
+Precision = Literal["fp32", "bf16"]
+
+
+class Scored(NamedTuple):
+    """What `predict_tensor` returns: maps (B, H, W), scores (B,) and weights (B, levels, K) or None."""
+
+    maps: Tensor
+    scores: Tensor
+    weights: Tensor | None
+
+
+def encode_tensor(method: Method, images: Tensor, *, precision: Precision = "fp32") -> Sequence[Tensor]:
+    """The part of a prediction that needs no support: (B, 3, H, W) images in [0, 1] -> student features per level."""
+    with torch.inference_mode(), torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        return method.encode(method.extract(images))
+
+
+def compare_tensor(
+    method: Method,
+    encoded: Sequence[Tensor],
+    support: Mapping[str, Tensor],
+    *,
+    size: tuple[int, int],
+    scoring: Scoring,
+) -> Scored:
+    """The part of a prediction that does: encoded queries and an embedded support -> maps, scores and weights."""
+    with torch.inference_mode():
+        comparisons = method.compare(encoded, support)
+        maps = blur(anomaly_map(comparisons, size), scoring.blur)
+        return Scored(maps, image_score(maps, scoring), _weights(comparisons))
+
+
+def predict_tensor(
+    method: Method,
+    images: Tensor,
+    support: Mapping[str, Tensor],
+    *,
+    scoring: Scoring,
+    precision: Precision = "fp32",
+) -> Scored:
+    """Judge a batch of images against a support.
+
+    Args:
+        method: In eval mode.
+        images: (B, 3, H, W), float32, in [0, 1].
+        support: What `method.embed_support` returned.
+        scoring: Blur and pooling.
+        precision: Of teacher and student; maps and scores are float32 in any case.
+    """
+    encoded = encode_tensor(method, images, precision=precision)
+    return compare_tensor(method, encoded, support, size=(images.shape[2], images.shape[3]), scoring=scoring)
+
+
+def _weights(comparisons: Sequence[Comparison]) -> Tensor | None:
+    weights = [comparison.weights for comparison in comparisons if comparison.weights is not None]
+    return torch.stack(weights, dim=1) if weights else None
+
+
+def leave_one_out_maps(
+    method: Method, encoded: Sequence[Tensor], support: Mapping[str, Tensor], *, size: tuple[int, int], scoring: Scoring
+) -> Tensor:
+    """Maps of the K supports, each judged against the other K - 1.
+
+    Args:
+        method: In eval mode.
+        encoded: `method.encode` of the supports, each (K, C, h, w), K >= 2.
+        support: `method.embed_support` of the supports.
+        size: (H, W) of the maps.
+        scoring: Blur and pooling.
+
+    Returns:
+        (K, H, W), float32.
+    """
+    maps = []
+    for k in range(len(encoded[0])):
+        others = {name: torch.cat([tensor[:k], tensor[k + 1 :]]) for name, tensor in support.items()}
+        query = [level[k : k + 1] for level in encoded]
+        maps.append(compare_tensor(method, query, others, size=size, scoring=scoring).maps)
+    return torch.cat(maps)

@@ -14,8 +14,8 @@ from timm.models import FeatureInfo, register_model
 from torch import nn
 
 from anatomaly.backbones import BACKBONES, build_backbone
-from anatomaly.backbones.vmamba import VMamba
-from anatomaly.backbones.vmamba_teacher import VMambaSpec
+from anatomaly.backbones.vmamba.network import VMamba
+from anatomaly.backbones.vmamba.teacher import VMambaSpec
 from anatomaly.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -8,15 +8,17 @@ Shapes: B batch, K shots, C channels, H W pixels, h w feature cells.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
+
+    from anatomaly.backbones.teacher import Teacher
 
 Split = Literal["train", "val", "test"]
 
@@ -261,12 +263,23 @@ class Prediction:
 
 
 class Method(Protocol):
-    """What `methods.METHODS` holds: steps that training, prediction and benchmarks all share."""
+    """Everything a method must offer; training, prediction, benchmarks and the command line ask for nothing else.
+
+    It is a `torch.nn.Module`, built as ``Class(*teachers, settings=settings)``: its own parameters and buffers are the
+    trained part, which bundles store.  Its teachers are frozen and no submodules.  Its record (`methods.MethodRecord`)
+    says how it is trained.
+    """
 
     #: Queries are compared with K support images; False for one-class methods, whose supports are empty.
     needs_support: bool
-    #: Training shows it every query twice, as it is and with a pasted lesion; see `data.lesion_episodes`.
-    learns_from_lesions: bool
+
+    @property
+    def teachers(self) -> Mapping[str, Teacher]:
+        """The frozen backbones under the names `extract` uses, the one that is always there first.
+
+        Methods that learn from lesions have one, and call it "teacher".
+        """
+        ...
 
     def extract(self, images: Tensor) -> Features:
         """Frozen teacher features of (B, 3, H, W) images in [0, 1]; cacheable, never trained."""
@@ -289,5 +302,37 @@ class Method(Protocol):
         ...
 
     def training_loss(self, query: Features, support: Features) -> dict[str, Tensor]:
-        """{"total": scalar, ...named parts} of B episodes; support tensors are (B, K, C, h, w)."""
+        """{"total": scalar, ...named parts} of B episodes; never called for a method that learns from nothing.
+
+        Args:
+            query: What `extract` returned of B images.  A method that learns from lesions also gets "pasted", the same
+                images with a lesion, and "mask", one (B, H, W) tensor, non-zero on the lesions.
+            support: Levels (B, K, C, h, w) of K other images of the same task for each of them; empty for one-class
+                methods.
+        """
+        ...
+
+    # What every torch.nn.Module brings.
+    def state_dict(self) -> dict[str, Any]:
+        """The trained part by name."""
+        ...
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], /) -> Any:
+        """Take the trained part up."""
+        ...
+
+    def parameters(self) -> Iterator[Any]:
+        """What the optimiser moves."""
+        ...
+
+    def to(self, device: Any, /) -> Any:
+        """Move the trained part; teachers are moved by whoever holds the method."""
+        ...
+
+    def train(self, mode: bool = True) -> Any:
+        """Switch to training and back."""
+        ...
+
+    def eval(self) -> Any:
+        """Switch to prediction."""
         ...

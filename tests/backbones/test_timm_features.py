@@ -161,8 +161,8 @@ def test_lite0_holds_the_packages_weights_under_timms_names(lite0):
 
 def test_lite0s_batchnorms_expect_what_its_convolutions_give(lite0):
     """Were a weight under a wrong name, running statistics would be far from those of natural input."""
-    from anatomaly.data.phantom import draw
     from anatomaly.data.transforms import fit_to_input
+    from anatomaly.synthetic.phantom import draw
     from anatomaly.types import Preprocessing
 
     scans = [draw("histology", seed=seed, size=128).pixels for seed in range(4)]

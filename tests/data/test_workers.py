@@ -62,7 +62,9 @@ def test_a_decoder_that_dies_is_one_line_and_the_next_file_is_read(tmp_path, poo
     deadly = grey(tmp_path / f"dies_{int(number)}")
     with pytest.raises(ReadError) as excinfo:
         read_image(deadly)
-    assert str(excinfo.value).startswith(f"{deadly}: cannot be decoded (the decoder died, signal {int(number)}). It is ")
+    assert str(excinfo.value).startswith(
+        f"{deadly}: cannot be decoded (the decoder died, signal {int(number)}). It is "
+    )
     assert str(excinfo.value).endswith("export it again, or leave it out.")
     with pytest.raises(ReadError, match="the decoder died"):
         count_frames(deadly)

@@ -13,8 +13,8 @@ from torch.optim import Adam
 from anatomaly.backbones.weights import state_digest
 from anatomaly.errors import ShapeError
 from anatomaly.methods import attention, build_method
-from anatomaly.scoring import anomaly_map
-from anatomaly.spine import leave_one_out_maps
+from anatomaly.methods.settings import AttentionSettings
+from anatomaly.scoring import anomaly_map, leave_one_out_maps
 from anatomaly.types import Scoring
 
 TEACHER = SimpleNamespace(channels=(4, 6, 8, 10), strides=(4, 8, 16, 32))
@@ -23,7 +23,7 @@ LEARNED = len(TEACHER.channels)  # the student's levels come first, the teacher'
 
 def method(*, seed=None, **parts):
     """As it is built, or with all its parameters moved at random."""
-    model = build_method("attention", TEACHER, attention=parts)
+    model = build_method("attention", TEACHER, AttentionSettings(**parts))
     if seed is not None:
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -181,7 +181,7 @@ def test_without_surroundings_neither_map_nor_training_knows_them():
     ids=str,
 )
 def test_supports_are_seen_four_ways_unless_told_otherwise(parts, views, lite0, images):
-    model = build_method("attention", lite0, attention=parts).eval()
+    model = build_method("attention", lite0, AttentionSettings(**parts)).eval()
     with torch.no_grad():
         extracted = model.extract_support(images)
         assert list(extracted) == ["teacher", *views]

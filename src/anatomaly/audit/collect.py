@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from anatomaly.published import D24FAD_BATCH, MapScores, RunScores, shuffled_loader
-from anatomaly.results import output_error
+from anatomaly.audit.published import D24FAD_BATCH, MapScores, RunScores, shuffled_loader
+from anatomaly.files import output_error
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

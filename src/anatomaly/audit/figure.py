@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from anatomaly.results import encode_picture
+from anatomaly.results.pictures import encode_picture
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -15,11 +15,11 @@ import numpy as np
 
 from anatomaly.audit.collect import Collector, draws_to_keep, shuffled_draws
 from anatomaly.audit.measure import Runs, require_labels
+from anatomaly.audit.published import RunScores, file_order
 from anatomaly.data.layouts import label_of
 from anatomaly.errors import ConfigError, ManifestError, ReadError
-from anatomaly.protocols import samples_to_test
-from anatomaly.published import RunScores, file_order
-from anatomaly.results import COLUMNS
+from anatomaly.evaluation.protocols import samples_to_test
+from anatomaly.results.writer import COLUMNS
 from anatomaly.types import Scoring
 
 if TYPE_CHECKING:

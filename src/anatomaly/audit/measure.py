@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from anatomaly.audit.published import PROTOCOLS, Floats, Judged, Protocol, RunScores, auroc_of, judge, other_file_names
 from anatomaly.errors import ManifestError
-from anatomaly.metrics import Interval, auroc, bootstrap, image_metrics
-from anatomaly.published import PROTOCOLS, Floats, Judged, Protocol, RunScores, auroc_of, judge, other_file_names
+from anatomaly.evaluation.metrics import Interval, auroc, bootstrap, image_metrics
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -63,7 +63,7 @@ class ProtocolResult:
     """One protocol's figures; NaN where what it scores is of one class only.
 
     Attributes:
-        protocol: One of `published.PROTOCOLS`, or "as given" for the scores of the tool itself.
+        protocol: One of `audit.published.PROTOCOLS`, or "as given" for the scores of the tool itself.
         scored: Images that have a score under it.
         total: Images there are, those without a score included.
         relabelled: Scored normal images that count as anomalous.

@@ -13,13 +13,13 @@ import numpy as np
 
 from anatomaly.audit.collect import Collector, draws_to_keep, shuffled_draws
 from anatomaly.audit.measure import Runs, require_labels
+from anatomaly.audit.published import RELEASED, file_order
 from anatomaly.backbones.weights import load_strict, state_digest
-from anatomaly.bundle import read_tensors
 from anatomaly.data.loading import load_batches
+from anatomaly.detector.bundle import read_tensors
 from anatomaly.errors import ManifestError, NotReadyError
-from anatomaly.protocols import draw_supports, forbid_leak, samples_to_test
-from anatomaly.published import RELEASED, file_order
-from anatomaly.spine import compare_tensor
+from anatomaly.evaluation.protocols import draw_supports, forbid_leak, samples_to_test
+from anatomaly.scoring import compare_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from anatomaly.audit.published import RunScores
     from anatomaly.data.manifest import Manifest
-    from anatomaly.inference import Detector
-    from anatomaly.published import RunScores
+    from anatomaly.detector.detector import Detector
     from anatomaly.types import Preprocessing, Sample, SupportBank
 
 
@@ -105,7 +105,7 @@ def run_model(
         load_strict(detector.method, own, where=str(bundle))
     return Runs(
         source=str(bundle),
-        method=str(detector.facts["method"]["name"]),
+        method=detector.facts.name,
         task=task,
         shots=len(supports[0]),
         samples=samples,
@@ -128,7 +128,7 @@ def _chosen(detector: Detector, bundle: Path, kept: dict[int, Path]) -> int | No
     """The epoch that pasted lesions chose, whose weights are the model's."""
     if not kept:
         return None
-    epoch = int(detector.facts.get("training", {}).get("best_epoch", -1))
+    epoch = int(detector.facts.training.get("best_epoch", -1))
     file = kept.get(epoch)
     if file is None or state_digest(read_tensors(file)) != state_digest(detector.method.state_dict()):
         raise NotReadyError(
@@ -139,7 +139,7 @@ def _chosen(detector: Detector, bundle: Path, kept: dict[int, Path]) -> int | No
 
 
 def _notes(detector: Detector, kept: dict[int, Path]) -> tuple[str, ...]:
-    if kept or detector.facts["method"]["name"] == "nearest":
+    if kept or not detector.facts.record.trained:
         return ()
     return (
         "What choosing the epoch by test labels adds cannot be told: this model kept only its chosen checkpoint. "

@@ -10,9 +10,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from anatomaly.audit.figure import draw_audit
-from anatomaly.metrics import summarise_draws
-from anatomaly.published import D24FAD_BATCH, PDD_BATCH
-from anatomaly.results import write_whole
+from anatomaly.audit.published import D24FAD_BATCH, PDD_BATCH
+from anatomaly.evaluation.metrics import summarise_draws
+from anatomaly.files import write_whole
 
 if TYPE_CHECKING:
     from pathlib import Path

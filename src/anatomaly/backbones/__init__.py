@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
+from anatomaly.backbones.teacher import Teacher
 from anatomaly.backbones.timm_features import TimmSpec, timm_teacher
-from anatomaly.backbones.vmamba_teacher import VMambaSpec, vmamba_teacher
+from anatomaly.backbones.vmamba.teacher import VMambaSpec, vmamba_teacher
 from anatomaly.backbones.weights import WeightsSource
-from anatomaly.errors import ConfigError
+from anatomaly.errors import AnatomalyError, ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from anatomaly.backbones.teacher import Teacher
+
+#: Where packages declare a teacher: ``[project.entry-points."anatomaly.teachers"]``, name = "module:build", which is
+#: called as ``build(weights=..., normalise=...)`` and returns a `Teacher` of that name.
+GROUP = "anatomaly.teachers"
 
 _VMAMBA = "https://github.com/MzeroMiko/VMamba/releases/download"
 _VMAMBA_TINY = WeightsSource(
@@ -76,7 +82,8 @@ def build_backbone(name: str, *, weights: str = "auto", normalise: bool = True) 
     """Build a frozen teacher.
 
     Args:
-        name: A name in `BACKBONES`, or ``timm/<model>`` for any other timm model with at least four feature levels.
+        name: A name in `BACKBONES` or of an installed package, or ``timm/<model>``: any other timm model with at
+            least four feature levels.
         weights: "auto" (explicit file, installed package, local cache, download), "random", or a file.
         normalise: Scale the input by the model's own mean and std.
 
@@ -85,6 +92,8 @@ def build_backbone(name: str, *, weights: str = "auto", normalise: bool = True) 
         WeightsError: The weights cannot be had or do not fit.
     """
     check_name(name)
+    if name in _outside():
+        return _built_outside(name, weights=weights, normalise=normalise)
     if name.startswith("timm/"):
         return timm_teacher(name, TimmSpec(name.removeprefix("timm/")), weights=weights, normalise=normalise)
     spec = BACKBONES[name]
@@ -95,9 +104,29 @@ def build_backbone(name: str, *, weights: str = "auto", normalise: bool = True) 
 
 def check_name(name: str) -> None:
     """Raise a `ConfigError` for a name that `build_backbone` does not know; timm's own names are not looked up."""
-    if name not in BACKBONES and not name.startswith("timm/"):
-        near = get_close_matches(name, BACKBONES, n=1)
+    known = [*BACKBONES, *_outside()]
+    if name not in known and not name.startswith("timm/"):
+        near = get_close_matches(name, known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"teacher: unknown name {name!r}, expected one of {', '.join(known)} or timm/<model>.{hint}")
+
+
+@cache
+def _outside() -> dict[str, EntryPoint]:
+    """Teachers that installed packages bring."""
+    return {each.name: each for each in entry_points(group=GROUP) if each.name not in BACKBONES}
+
+
+def _built_outside(name: str, *, weights: str, normalise: bool) -> Teacher:
+    where = f"teacher {name!r} of {_outside()[name].value}"
+    try:
+        teacher = _outside()[name].load()(weights=weights, normalise=normalise)
+    except AnatomalyError:
+        raise
+    except Exception as err:  # whatever a foreign package does
         raise ConfigError(
-            f"teacher: unknown name {name!r}, expected one of {', '.join(BACKBONES)} or timm/<model>.{hint}"
-        )
+            f"{where}: cannot be built ({type(err).__name__}: {err}). Mend or remove its package."
+        ) from err
+    if not isinstance(teacher, Teacher) or teacher.name != name:
+        raise ConfigError(f"{where}: got {type(teacher).__name__}, expected a Teacher called {name}. Mend its package.")
+    return teacher

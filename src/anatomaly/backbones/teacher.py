@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,24 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TeacherFacts:
+    """What a bundle stores to build the same teacher again.
+
+    Attributes:
+        name: Name in `BACKBONES`, or ``timm/<model>``.
+        weights: auto, random, or file: a user's own, whose name stays out of it.
+        normalise: Its input is scaled by its own mean and std.
+        hash: Digest of its weights.
+    """
+
+    name: str
+    weights: str
+    normalise: bool
+    hash: str
+
 
 #: Levels a method may use, shallow to deep; the last one feeds the student.
 LEVELS = 4
@@ -88,10 +107,64 @@ class Teacher(nn.Module):
             )
         self.signed = any(bool((level < 0).any()) for level in probe)
 
-    def facts(self) -> dict[str, object]:
-        """What a bundle stores to build the same teacher again; a user's file name stays out of it."""
+    @classmethod
+    def of_module(
+        cls,
+        name: str,
+        body: nn.Module,
+        *,
+        mean: Sequence[float] = (0.0, 0.0, 0.0),
+        std: Sequence[float] = (1.0, 1.0, 1.0),
+        size: tuple[int, int] = (256, 256),
+        weights: str = "file",
+        normalise: bool = True,
+    ) -> Teacher:
+        """Your own network as a teacher; channels and strides are found by running it once.
+
+        Args:
+            name: What bundles call it.
+            body: (B, 3, H, W) -> at least four levels (B, C, h, w), shallow to deep.
+            mean: Per-channel mean that it wants subtracted from input in [0, 1].
+            std: Per-channel divisor.
+            size: (H, W) of the image it is run on.
+            weights: "file" stores its weights in every bundle.
+            normalise: Scale the input by mean and std.
+
+        Raises:
+            ConfigError: It does not return such levels.
+
+        Example:
+            >>> levels = [nn.Conv2d(3, 8 * 2**i, 1, stride=2 ** (i + 1)) for i in range(4)]
+            >>> class Pyramid(nn.Module):
+            ...     def __init__(self):
+            ...         super().__init__()
+            ...         self.levels = nn.ModuleList(levels)
+            ...     def forward(self, images):
+            ...         return [level(images) for level in self.levels]
+            >>> Teacher.of_module("mine", Pyramid()).strides
+            (2, 4, 8, 16)
+        """
+        with torch.no_grad():
+            levels = body.eval()(torch.zeros(1, 3, *size))
+        shapes = [tuple(level.shape) for level in levels]
+        if len(shapes) < LEVELS or any(len(shape) != 4 for shape in shapes):
+            got = ", ".join(map(str, shapes)) or "nothing"
+            raise ConfigError(f"{name}: returns {got}, expected at least {LEVELS} levels of shape (B, C, h, w).")
+        return cls(
+            name,
+            body,
+            channels=[shape[1] for shape in shapes],
+            strides=[size[0] // shape[2] for shape in shapes],
+            mean=mean,
+            std=std,
+            weights=weights,
+            normalise=normalise,
+        )
+
+    def facts(self) -> TeacherFacts:
+        """What a bundle stores to build the same teacher again."""
         weights = self.weights if self.weights in ("auto", "random") else "file"
-        return {"name": self.name, "weights": weights, "normalise": self.normalise, "hash": self.weights_hash}
+        return TeacherFacts(self.name, weights, self.normalise, self.weights_hash)
 
     def train(self, mode: bool = True) -> Teacher:
         """Stay in eval mode: a teacher's BatchNorm statistics must never move."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from anatomaly.commands.arguments import load_detector, loading_arguments
 from anatomaly.commands.console import progress
-from anatomaly.commands.judge import load_detector, loading_arguments
 from anatomaly.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,13 +13,12 @@ from anatomaly.errors import ConfigError
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
-    from anatomaly.benchmark import Entry
-    from anatomaly.config import FitConfig
+    from anatomaly.benchmark.grid import Entry
 
 
 def grid_arguments(parser: ArgumentParser) -> None:
     """Options of `benchmark`."""
-    from anatomaly.config import FitConfig
+    from anatomaly.commands.settings import settings_arguments
 
     add = parser.add_argument
     add("--data", type=str, required=True, help="Folder or manifest: normals in train, both labels in test.")
@@ -41,7 +39,7 @@ def grid_arguments(parser: ArgumentParser) -> None:
     add("--supports", type=str, help="Fixed supports: the supports.json of another benchmark.")
     add("--reference", type=str, help="Method that the others are compared with; default nearest, else the first.")
     add("--jobs", type=int, default=1, help="Processes.")
-    parser.add_class_arguments(FitConfig)
+    settings_arguments(parser)
 
 
 def run_grid(options: Namespace) -> int:
@@ -53,16 +51,16 @@ def run_grid(options: Namespace) -> int:
     from rich.progress import Progress
     from rich.table import Table
 
-    from anatomaly.benchmark import Grid, run_grid
-    from anatomaly.config import FitConfig
+    from anatomaly.benchmark.grid import Grid
+    from anatomaly.benchmark.leaderboard import read_cells
+    from anatomaly.benchmark.run import run_grid
+    from anatomaly.benchmark.tables import tables, write_leaderboard
     from anatomaly.data.manifest import load_manifest
-    from anatomaly.leaderboard import read_cells
-    from anatomaly.leaderboard_tables import tables, write_leaderboard
+    from anatomaly.presets import REFERENCE_PRESET
 
-    base = FitConfig(**{field.name: options[field.name] for field in fields(FitConfig)})
-    entries = _entries(options, base)
+    entries = _entries(options)
     names = [entry.name for entry in entries]
-    reference = options.reference or ("nearest" if "nearest" in names else names[0])
+    reference = options.reference or (REFERENCE_PRESET if REFERENCE_PRESET in names else names[0])
     if reference not in names:
         raise ConfigError(f"benchmark: reference {reference!r} is not among the methods, {', '.join(names)}.")
     if options.jobs < 1:
@@ -71,7 +69,7 @@ def run_grid(options: Namespace) -> int:
         load_manifest(Path(options.data)),
         options.protocol,
         entries,
-        [replace(base.teacher, name=name) for name in options.teachers or [base.teacher.name]],
+        [replace(options.teacher, name=name) for name in options.teachers or [options.teacher.name]],
         tasks=options.tasks,
         shots=[options.shots] if isinstance(options.shots, int) else options.shots,
         seeds=[options.seeds] if isinstance(options.seeds, int) else options.seeds,
@@ -113,9 +111,9 @@ def run_grid(options: Namespace) -> int:
     return 2 if failures else 0
 
 
-def _entries(options: Namespace, base: FitConfig) -> list[Entry]:
+def _entries(options: Namespace) -> list[Entry]:
     """The competitors that the settings name."""
-    from anatomaly.peers import PEERS, RESNETS, architecture
+    from anatomaly.benchmark.peers import PEERS, RESNETS, architecture
 
     methods = options.methods
     if not isinstance(methods, Mapping):
@@ -123,48 +121,53 @@ def _entries(options: Namespace, base: FitConfig) -> list[Entry]:
             raise ConfigError(f"benchmark: {', '.join(sorted(twice))} is named twice in methods. Name it once.")
         methods = dict.fromkeys(methods)
     if options.peers is not None:
-        decodable = all(architecture(name) in RESNETS for name in options.teachers or [base.teacher.name])
+        decodable = all(architecture(name) in RESNETS for name in options.teachers or [options.teacher.name])
         fitting = [name for name in PEERS if name != "rd4ad" or decodable]
         methods = {**methods, **dict.fromkeys(name for name in options.peers or fitting if name not in methods)}
     if not methods:
         raise ConfigError("benchmark: no methods. Name some: --methods '[nearest, d24fad]', or --peers.")
-    return [_entry(name, changes, base) for name, changes in methods.items()]
+    return [_entry(name, changes, options.given) for name, changes in methods.items()]
 
 
-def _entry(name: str, changes: object, base: FitConfig) -> Entry:
-    """One competitor: the common settings, then its preset's, then its own."""
+def _entry(name: str, changes: object, given: Mapping[str, Any]) -> Entry:
+    """One competitor: what goes with its method, then the common settings, then its preset's, then its own."""
+    import yaml
     from jsonargparse import ArgumentError, ArgumentParser
 
-    from anatomaly.benchmark import Entry
-    from anatomaly.config import FitConfig
+    from anatomaly.benchmark.grid import Entry
+    from anatomaly.benchmark.peers import PEERS
+    from anatomaly.commands.settings import fit_config, moved, set_method_defaults, settings_arguments
     from anatomaly.methods import METHODS
-    from anatomaly.peers import PEERS
     from anatomaly.presets import preset_file
 
     if not isinstance(changes or {}, Mapping):
         raise ConfigError(f"benchmark: methods.{name} is {changes!r}, expected settings, such as {{images: 64}}.")
     own: dict[str, Any] = dict(changes or {})  # type: ignore[call-overload]
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(FitConfig)
     preset, peer = own.pop("preset", None), own.pop("peer", name if name in PEERS else None)
     images, choices = own.pop("images", 0), own.pop("options", {})
     if peer is not None and peer not in PEERS:
         raise ConfigError(f"benchmark: methods.{name}: unknown peer {peer!r}, expected one of {', '.join(PEERS)}.")
     if not isinstance(images, int) or images < 0 or not isinstance(choices, Mapping):
         raise ConfigError(f"benchmark: methods.{name}: expected images as a whole number and options as a mapping.")
-    settings: dict[str, Any] = asdict(base)
+    settings = dict(given)
     if preset is not None:
-        settings = _merged(settings, parser.parse_path(str(preset_file(preset)), defaults=False).as_dict())
+        settings = _merged(settings, yaml.safe_load(preset_file(preset).read_text(encoding="utf-8")))
     if name in METHODS:
         own = _merged({"method": {"name": name}}, own)
     elif peer is None and preset is None and "name" not in dict(own.get("method", {})):
         known = ", ".join([*METHODS, *PEERS])
         raise ConfigError(f"benchmark: methods.{name}: which method? Give method: {{name: ...}}; or call it {known}.")
-    try:
-        parsed = instantiated(parser, parser.parse_object(_merged(settings, own)))
+    settings = _merged(settings, own)
+    parser = ArgumentParser(exit_on_error=False)
+    settings_arguments(parser)
+    method = dict(settings.get("method", {}))
+    set_method_defaults(parser, method.get("name"))
+    chosen = {key: value for key, value in method.items() if key in ("name", method.get("name"))}
+    try:  # the settings of other methods are those of other entries
+        options = moved(parser.parse_object({**settings, **({"method": chosen} if method else {})}))
+        config = fit_config(instantiated(parser, options))
     except ArgumentError as err:
         raise ConfigError(f"benchmark: methods.{name}: {' '.join(str(err).split())}") from err
-    config = FitConfig(**{field.name: parsed[field.name] for field in fields(FitConfig)})
     return Entry(name, config, peer=peer, images=images, options=choices)
 
 
@@ -179,10 +182,9 @@ def _merged(one: Mapping[str, Any], two: Mapping[str, Any]) -> dict[str, Any]:
 
 def ablation_arguments(parser: ArgumentParser) -> None:
     """Options of `benchmark ablation`."""
-    from anatomaly.config import FitConfig
-    from anatomaly.presets import preset_names
+    from anatomaly.commands.settings import settings_arguments
 
-    parser.add_argument("whose", type=Literal["pdd", "d24fad", "attention"], help="Whose ablation.")
+    parser.add_argument("whose", type=str, help="Whose ablation.")
     parser.add_argument("--data", type=str, required=True, help="Folder or manifest: normals in train, a test split.")
     parser.add_argument("--out", type=str, required=True, help="Folder; finished cells in it are not redone.")
     parser.add_argument("--tasks", type=list[str], default=[], help="Tasks to judge; default all in the data.")
@@ -190,8 +192,7 @@ def ablation_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--seeds", type=list[int], default=[0, 1, 2], help="Of the training, one model each.")
     parser.add_argument("--shots", type=int, default=4, help="K of few-shot rows.")
     parser.add_argument("--draws", type=int, default=5, help="Support draws of few-shot rows.")
-    parser.add_argument("--preset", type=str, help=f"{', '.join(preset_names())}.")
-    parser.add_class_arguments(FitConfig)
+    settings_arguments(parser)
 
 
 def run_ablation(options: Namespace) -> int:
@@ -199,14 +200,14 @@ def run_ablation(options: Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from anatomaly import ablation
-    from anatomaly.config import FitConfig
+    from anatomaly.benchmark import ablation
+    from anatomaly.commands.settings import fit_config
     from anatomaly.data.manifest import load_manifest
 
     results = ablation.run_ablation(
         load_manifest(Path(options.data)),
         Path(options.out),
-        FitConfig(**{field.name: options[field.name] for field in fields(FitConfig)}),
+        fit_config(options),
         method=options.whose,
         rows=options.rows,
         tasks=options.tasks,

@@ -5,8 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from anatomaly.commands.arguments import (
+    check_support_options,
+    check_takes_support,
+    load_detector,
+    model_arguments,
+    support_arguments,
+    support_rows,
+)
 from anatomaly.commands.console import progress
-from anatomaly.commands.judge import load_detector, model_arguments, support_arguments, support_rows
 from anatomaly.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,13 +35,13 @@ def calibrate_arguments(parser: ArgumentParser) -> None:
 
 def run_calibrate(options: Namespace) -> int:
     """Run `calibrate`."""
-    from anatomaly.calibrating import calibrate, calibrate_on_support, check
-    from anatomaly.calibration import misfit
+    from anatomaly.detector.calibrate import calibrate, calibrate_on_support, check
+    from anatomaly.detector.conformal import misfit
 
     _check_options(options)
     detector = load_detector(options)
     few_shot = detector.method.needs_support
-    _check_support(options, detector.facts["method"]["name"], few_shot=few_shot)
+    _check_support(options, detector)
     source = options.normals or options.check
     rows = None if source is None else normal_rows(detector, Path(source), options.task)
     before = detector.calibrations
@@ -85,31 +92,20 @@ def run_calibrate(options: Namespace) -> int:
 
 
 def _check_options(options: Namespace) -> None:
-    from anatomaly.config import check_intensity
-
-    if options.support is not None and options.bank is not None:
-        raise ConfigError("calibrate: give either --support (normal images) or --bank (a saved bank), not both.")
-    if options.bank is not None and (options.shots is not None or options.intensity is not None):
-        raise ConfigError("calibrate: --bank has its own shots and intensity rule. Leave out --shots and --intensity.")
+    check_support_options(options, "calibrate")
     if options.check is not None and options.normals is not None:
         raise ConfigError("calibrate: give either --normals (to calibrate on) or --check (to compare), not both.")
     if options.bank is not None and options.normals is None and options.check is None:
         raise ConfigError(
             "calibrate: a bank holds no images to judge by one another. Give --normals, or --support with its images."
         )
-    if options.intensity is not None:
-        check_intensity(options.intensity, "intensity")
 
 
-def _check_support(options: Namespace, name: str, *, few_shot: bool) -> None:
+def _check_support(options: Namespace, detector: Any) -> None:
+    name, few_shot = detector.facts.name, detector.method.needs_support
     if few_shot and options.support is None and options.bank is None:
         raise ConfigError(f"calibrate: {name} needs normal images to compare with. Give --support or --bank.")
-    of_support = (options.support, options.bank, options.shots, options.save_bank)
-    if not few_shot and any(option is not None for option in of_support):
-        raise ConfigError(
-            f"calibrate: {name} learned what is normal in training and compares with no support images. Leave out "
-            "--support, --bank, --shots and --save_bank."
-        )
+    check_takes_support(options, "calibrate", detector)
     if not few_shot and options.normals is None and options.check is None:
         raise ConfigError(f"calibrate: {name} has no support to calibrate on. Give --normals, held out from training.")
 
@@ -129,7 +125,7 @@ def normal_rows(detector: Any, source: Path, task: str) -> list[Any]:
     chosen = [row for row in rows if row.split == "val"] or [row for row in rows if row.split != "train"]
     if chosen:
         return chosen
-    learned = detector.facts.get("training", {}).get("tasks", ())
+    learned = detector.facts.training.get("tasks", ())
     if not detector.method.needs_support or rows[0].task in learned or task in learned:
         raise ConfigError(
             f"normals: {source} has rows of split train only, and the model learned this task; expected images it has "
@@ -139,8 +135,8 @@ def normal_rows(detector: Any, source: Path, task: str) -> list[Any]:
 
 
 def _print(calibration: Calibration) -> None:
-    from anatomaly.calibrating import sizes
-    from anatomaly.calibration import describe, false_positive_range, needed_normals, threshold
+    from anatomaly.detector.calibrate import sizes
+    from anatomaly.detector.conformal import describe, false_positive_range, needed_normals, threshold
 
     n = calibration.n
     size = sizes(calibration)

@@ -42,11 +42,11 @@ def progress(total: int) -> Any:
 
 
 def print_table(title: str, results: Sequence[tuple[str, Any]]) -> None:
-    """Print evaluations as `evaluation.table_of` lays them out."""
+    """Print evaluations as `evaluation.evaluate.table_of` lays them out."""
     from rich.console import Console
     from rich.table import Table
 
-    from anatomaly.evaluation import table_of
+    from anatomaly.evaluation.cells import table_of
 
     columns, rows, note = table_of(results)
     table = Table(title=title, caption=note, title_justify="left", caption_justify="left")

@@ -36,8 +36,8 @@ def list_arguments(parser: ArgumentParser) -> None:
 
 def run_list(options: Namespace) -> int:
     """Run `data list`."""
-    from anatomaly.data.catalog import describe, find_data_set
-    from anatomaly.data.catalog_table import CATALOG
+    from anatomaly.data.catalog.prepare import describe, find_data_set
+    from anatomaly.data.catalog.table import CATALOG
 
     if options.name:
         print(describe(find_data_set(options.name)))
@@ -61,7 +61,7 @@ def run_prepare(options: Namespace) -> int:
     """Run `data prepare`: first whose data it is, then the manifest."""
     from collections import Counter
 
-    from anatomaly.data.catalog import describe, find_data_set, prepare, write_prepared
+    from anatomaly.data.catalog.prepare import describe, find_data_set, prepare, write_prepared
 
     data_set = find_data_set(options.name)
     print(describe(data_set) + "\n", flush=True)
@@ -88,7 +88,7 @@ def phantom_arguments(parser: ArgumentParser) -> None:
 
 def run_phantom(options: Namespace) -> int:
     """Run `data phantom`."""
-    from anatomaly.data.phantom import write_benchmark
+    from anatomaly.synthetic.phantom import write_benchmark
 
     manifest = write_benchmark(
         Path(options.out),

@@ -6,8 +6,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from anatomaly.commands.arguments import image_rows, load_detector, model_arguments, support_rows
 from anatomaly.commands.console import fail, progress
-from anatomaly.commands.judge import load_detector, model_arguments, support_rows
 from anatomaly.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from jsonargparse import ArgumentParser, Namespace
 
-    from anatomaly.backbones.classifiers import Classifier
+    from anatomaly.explain.classifiers import Classifier
 
 
 def _image_arguments(parser: ArgumentParser) -> None:
@@ -28,12 +28,7 @@ def _image_arguments(parser: ArgumentParser) -> None:
 
 
 def _samples(options: Namespace, *, task: str | None = None) -> list[Any]:
-    from anatomaly.data.layouts import samples_of
-    from anatomaly.data.manifest import load_manifest
-
-    images = Path(options.images)
-    single = images.is_file() and images.suffix.lower() not in (".csv", ".json")
-    rows = samples_of(images, task=task or "task") if single else list(load_manifest(images, task=task).samples)
+    rows = image_rows(Path(options.images), task)
     limit = options.limit
     if limit is not None and limit < 1:
         raise ConfigError(f"limit: got {limit}, expected at least 1.")
@@ -95,9 +90,9 @@ def run_teachers(options: Namespace) -> int:
 
 def _classifier(teacher: Namespace, device: str) -> Classifier:
     from anatomaly.backbones import BACKBONES, build_backbone
-    from anatomaly.backbones.classifiers import classifier_of
     from anatomaly.backbones.timm_features import TimmSpec
-    from anatomaly.inference import choose_device
+    from anatomaly.detector.detector import choose_device
+    from anatomaly.explain.classifiers import classifier_of
 
     built = build_backbone(teacher.name, weights=teacher.weights, normalise=teacher.normalise)
     spec = BACKBONES.get(teacher.name) or TimmSpec(teacher.name.removeprefix("timm/"))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from anatomaly.results import encode_picture, overlay
+from anatomaly.results.pictures import encode_picture, overlay
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from anatomaly.data.transforms import Prepared
-    from anatomaly.inference import Detector
+    from anatomaly.detector.detector import Detector
     from anatomaly.types import Sample, SupportBank
 
 _SUPPORTS_PER_ROW = 5
@@ -85,7 +85,7 @@ def check_supports(detector: Detector) -> None:
     """Refuse a method that compares with no support images, with a `ConfigError`."""
     if not detector.method.needs_support:
         raise ConfigError(
-            f"explain supports: {detector.facts['method']['name']} has no supports, it learned what is normal in "
+            f"explain supports: {detector.facts.name} has no supports, it learned what is normal in "
             "training. Use anatomaly explain teachers."
         )
 

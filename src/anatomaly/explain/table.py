@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from anatomaly.data.loading import load_batches
 from anatomaly.errors import ConfigError, OutputError
-from anatomaly.results import output_error, write_whole
+from anatomaly.files import output_error, write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence

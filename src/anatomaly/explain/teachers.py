@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from anatomaly.data.readers import read_mask_of
 from anatomaly.data.transforms import mask_to_input, restore_map
 from anatomaly.errors import AnatomalyError, ConfigError, ManifestError
+from anatomaly.evaluation.metrics import auroc
 from anatomaly.explain.figure import Panel, compose, draw
 from anatomaly.explain.measures import agreement, area, entropy, lift, mean_of, top_share
 from anatomaly.explain.table import RowTable, batches, facts_of, stem_of, title_of
-from anatomaly.metrics import auroc
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from anatomaly.backbones.classifiers import ClassActivation, Classifier
     from anatomaly.data.loading import Loaded
     from anatomaly.data.transforms import Prepared
+    from anatomaly.explain.classifiers import ClassActivation, Classifier
     from anatomaly.types import Preprocessing, Sample
 
 #: Who is who in the table, in the order of the teachers given.

@@ -21,6 +21,7 @@ from torch import nn
 
 from anatomaly.errors import ShapeError
 from anatomaly.methods.nearest import most_similar
+from anatomaly.methods.settings import AttentionSettings
 from anatomaly.scoring import surroundings
 from anatomaly.types import Comparison
 
@@ -55,37 +56,25 @@ _VIEWS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "smaller": lambda images: _zoomed(images, 1 / 1.1),
 }
 
+_DEFAULT = AttentionSettings()
+
 
 class PatchAttention(nn.Module):
     """Attention over support patches; follows `types.Method`.
 
     Args:
         teacher: Frozen backbone with four levels.  The first is averaged to the grid of the second.
-        mirrored: The supports' mirror images are supports too.
-        resized: The supports a tenth larger and smaller are supports too.
-        surroundings: Every place is judged against its surroundings.
-        teacher_levels: Number of shallow levels of which the teacher's own nearest patches count beside the student's.
-        deepest: What the student's deepest level counts, times what it learned: disease is often larger than a
-            pasted lesion.
+        settings: Which views, surroundings and levels count.  The deepest level counts more than it learned to: disease
+            is often larger than a pasted lesion.
     """
 
     needs_support = True
-    learns_from_lesions = True
 
-    def __init__(
-        self,
-        teacher: Teacher,
-        *,
-        mirrored: bool = True,
-        resized: bool = True,
-        surroundings: bool = True,
-        teacher_levels: int = 3,
-        deepest: float = 2.0,
-    ) -> None:
+    def __init__(self, teacher: Teacher, *, settings: AttentionSettings = _DEFAULT) -> None:
         super().__init__()
+        self.settings = settings
         self._teacher = [teacher]
-        self._views = (*["mirrored"] * mirrored, *["larger", "smaller"] * resized)
-        self._surroundings, self._teacher_levels, self._deepest = surroundings, teacher_levels, deepest
+        self._views = (*["mirrored"] * settings.mirrored, *["larger", "smaller"] * settings.resized)
         levels = len(teacher.channels)
         self.readings = nn.ParameterList([nn.Parameter(torch.eye(channels)) for channels in teacher.channels])
         self.temperature = _scalars(np.log(_TEMPERATURE), levels)
@@ -122,7 +111,7 @@ class PatchAttention(nn.Module):
         levels = [F.adaptive_avg_pool2d(first, (h, w)), *deeper]
         pairs = zip(self.readings, levels, strict=True)
         read = [torch.einsum("dc,bchw->bdhw", reading, level) for reading, level in pairs]
-        return [F.normalize(level, dim=1) for level in (*read, *levels[: self._teacher_levels])]
+        return [F.normalize(level, dim=1) for level in (*read, *levels[: self.settings.teacher_levels])]
 
     def embed_support(self, features: Features) -> dict[str, Tensor]:
         """What `encode` says of K supports, as "patches_i", each (K, views, h, w, C).
@@ -219,11 +208,13 @@ class PatchAttention(nn.Module):
         """What the i-th of `encode`'s tensors counts in the map."""
         if i >= len(self.readings):
             return 1.0
-        return (self._deepest if i == len(self.readings) - 1 else 1.0) * float(torch.exp(_SCALAR * self.scale[i]))
+        return (self.settings.deepest if i == len(self.readings) - 1 else 1.0) * float(
+            torch.exp(_SCALAR * self.scale[i])
+        )
 
     def _surround(self) -> Tensor:
         """What the surroundings of each level count, from 0 to 1."""
-        return float(self._surroundings) * torch.sigmoid(_SCALAR * self.surround)
+        return float(self.settings.surroundings) * torch.sigmoid(_SCALAR * self.surround)
 
     def _rebuild(self, i: int, queries: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
         """Rebuild patches from those of the supports: by attention (student) or as the most similar one (teacher).

@@ -17,6 +17,7 @@ from torch import nn
 
 from anatomaly.errors import ShapeError
 from anatomaly.methods.decoder import Decoder
+from anatomaly.methods.settings import D24FADSettings
 from anatomaly.types import Comparison
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 Distance = Literal["flattened", "positionwise"]
 SoftmaxScale = Literal["channels", "elements"]
+_DEFAULT = D24FADSettings()
 
 
 class LearnToWeight(nn.Module):
@@ -76,37 +78,21 @@ class D24FAD(nn.Module):
 
     Args:
         teacher: Frozen backbone with four levels; the last one feeds the student.
-        distance: Of the losses: cosine of the whole flattened level (release) or per position, averaged (paper).
-        softmax_scale: See `LearnToWeight`.
-        tsd_weight: lambda, the weight of the teacher-student loss; the paper uses 0.1.
-        self_distillation: False leaves TSD alone: queries are compared with the teacher, supports count for nothing.
-        learn_to_weight: False gives every support the same weight.
+        settings: Losses and ablations.  Flattened distance: the cosine of a whole level; positionwise: per position,
+            averaged.  Without self-distillation queries are compared with the teacher, and supports count for nothing.
 
     Note: differs from the release in that the teacher is frozen (there all its tensors collect unused gradients).
     """
 
     needs_support = True
-    learns_from_lesions = False
 
-    def __init__(
-        self,
-        teacher: Teacher,
-        *,
-        distance: Distance = "flattened",
-        softmax_scale: SoftmaxScale = "channels",
-        tsd_weight: float = 0.1,
-        self_distillation: bool = True,
-        learn_to_weight: bool = True,
-    ) -> None:
+    def __init__(self, teacher: Teacher, *, settings: D24FADSettings = _DEFAULT) -> None:
         super().__init__()
-        self.distance = distance
-        self.tsd_weight = tsd_weight
-        self.self_distillation = self_distillation
-        self.learn_to_weight = learn_to_weight
+        self.settings = settings
         # The teacher is not a submodule: state_dict(), parameters() and train() concern the trainable part only.
         self._teacher = [teacher]
         self.student = Decoder(teacher.channels, teacher.strides, signed=teacher.signed)
-        self.l2w = LearnToWeight(teacher.channels[:-1], scale=softmax_scale)
+        self.l2w = LearnToWeight(teacher.channels[:-1], scale=settings.softmax_scale)
 
     @property
     def teacher(self) -> Teacher:
@@ -130,7 +116,7 @@ class D24FAD(nn.Module):
         Without self-distillation the teacher's own three levels follow.
         """
         encoded: list[Tensor] = self.student(features["teacher"][-1])
-        return encoded if self.self_distillation else [*encoded, *features["teacher"][:-1]]
+        return encoded if self.settings.self_distillation else [*encoded, *features["teacher"][:-1]]
 
     def embed_support(self, features: Features) -> dict[str, Tensor]:
         """Student features of K supports and their projections: "value_l" and "key_l", each (K, C, h, w)."""
@@ -153,7 +139,7 @@ class D24FAD(nn.Module):
         Raises:
             ShapeError: Query and support have other feature sizes.
         """
-        if not self.self_distillation:
+        if not self.settings.self_distillation:
             return [Comparison(student, teacher) for student, teacher in zip(encoded[:3], encoded[3:], strict=True)]
         comparisons = []
         for level, query in enumerate(encoded):
@@ -182,9 +168,9 @@ class D24FAD(nn.Module):
         Note: as in the release, BatchNorm sees the query batch and each of the K support batches separately.
         """
         encoded = self.encode(query)[: len(self.l2w.projections)]
-        if not self.self_distillation:
+        if not self.settings.self_distillation:
             pairs = zip(encoded, query["teacher"], strict=False)
-            tsd = torch.stack([distance(student, teacher, self.distance) for student, teacher in pairs]).sum()
+            tsd = torch.stack([distance(student, teacher, self.settings.distance) for student, teacher in pairs]).sum()
             return {"total": tsd, "tsd": tsd}
         bottlenecks = support["teacher"][-1]
         shots = [self.student(bottlenecks[:, k]) for k in range(bottlenecks.shape[1])]
@@ -195,14 +181,14 @@ class D24FAD(nn.Module):
             keys = self.l2w.project(level, values.flatten(0, 1)).reshape(values.shape)
             weights = self._share(student, keys)
             reference = torch.einsum("bk,bkchw->bchw", weights.to(values.dtype), values)
-            ssd = ssd + distance(student, reference, self.distance)
-            tsd = tsd + distance(student, query["teacher"][level], self.distance)
-        return {"total": ssd + self.tsd_weight * tsd, "ssd": ssd, "tsd": tsd}
+            ssd = ssd + distance(student, reference, self.settings.distance)
+            tsd = tsd + distance(student, query["teacher"][level], self.settings.distance)
+        return {"total": ssd + self.settings.tsd_weight * tsd, "ssd": ssd, "tsd": tsd}
 
     def _share(self, query: Tensor, keys: Tensor) -> Tensor:
         """(B, K) weights of the supports, rows sum to 1."""
         logits = self.l2w.logits(query, keys)
-        return torch.softmax(logits if self.learn_to_weight else torch.zeros_like(logits), dim=1)
+        return torch.softmax(logits if self.settings.learn_to_weight else torch.zeros_like(logits), dim=1)
 
 
 def distance(a: Tensor, b: Tensor, kind: Distance) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from anatomaly.methods.settings import NearestSettings
 from anatomaly.types import Comparison
 
 if TYPE_CHECKING:
@@ -23,18 +24,20 @@ if TYPE_CHECKING:
     from anatomaly.backbones.teacher import Teacher
     from anatomaly.types import Features
 
+_DEFAULT = NearestSettings()
+
 
 class PatchNearestNeighbours(nn.Module):
     """Nearest support patch of the teacher's features; follows `types.Method` and has no weights of its own.
 
     Args:
         teacher: Frozen backbone.
+        settings: There are none.
     """
 
     needs_support = True
-    learns_from_lesions = False
 
-    def __init__(self, teacher: Teacher) -> None:
+    def __init__(self, teacher: Teacher, *, settings: NearestSettings = _DEFAULT) -> None:
         super().__init__()
         self._teacher = [teacher]
 

@@ -17,7 +17,7 @@ Shapes of the paper's pair at 256x256 (WideResNet-50-2 and merged VMamba-Tiny), 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from torch import nn
 from anatomaly.errors import ConfigError, ShapeError
 from anatomaly.methods.decoder import Decoder
 from anatomaly.methods.pdd_blocks import Adapter, ManifoldPrior, resize
+from anatomaly.methods.settings import PDDSettings
 from anatomaly.types import Comparison
 
 if TYPE_CHECKING:
@@ -36,9 +37,8 @@ if TYPE_CHECKING:
     from anatomaly.backbones.teacher import Teacher
     from anatomaly.types import Features
 
-CosineSign = Literal["paper", "release"]
-Relation = Literal["diverse", "alike"]
 
+_DEFAULT = PDDSettings()
 #: Blocks per stage of a student, deep to shallow.
 BLOCKS = (2, 2, 2)
 
@@ -46,28 +46,16 @@ BLOCKS = (2, 2, 2)
 class PDD(nn.Module):
     """Adapters, prior and students of PDD on two frozen teachers; see `types.Method` for how the steps are used.
 
-    The rows of the paper's ablation: ``PDD(local, None, mpa=False, two_students=False)`` is plain reverse distillation
-    (one student rebuilds levels 1-3 of its one teacher from level 4), ``PDD(local, global_, mpa=False,
-    two_students=False)`` adds the second teacher with InA and MMU, ``PDD(local, global_, two_students=False)`` MPA, and
-    ``PDD(local, global_)`` the second student; ``diversity_weight=0`` leaves the diversity loss out.
+    The rows of the paper's ablation: one teacher without `mpa` and `two_students` is plain reverse distillation (one
+    student rebuilds levels 1-3 of its teacher from level 4), the second teacher adds InA and MMU, `mpa` the priors, and
+    `two_students` the second student; ``diversity_weight=0`` leaves the diversity loss out.
 
     Args:
         local: Frozen backbone whose channels and sizes targets and students have.
         global_: Frozen backbone that is adapted to `local`, or None: no InA and no MMU.
-        shared_students: One set of decoder weights is run as both students (release) instead of two (paper).
-        cosine_sign: Of the cosine term of the prior-injected student: "paper" pulls it to its target, "release" adds
-            the cosine itself, which pushes it away.
-        detach_targets: No gradient from the losses into InA through the targets; the three InA adapters are then not
-            trained at all.  The release lets them flow, which allows targets to collapse.
-        mpa: Inject the priors; the only student of `two_students=False` is then the prior-injected one.
-        two_students: False leaves one student, and no diversity loss.
-        reconstruction_weight: Of the mean squared errors between students and targets.
-        cosine_weight: Of the cosine term of the prior-injected student (the second one without `mpa`).
-        diversity_weight: Of the relation between the students.
-        relation: "diverse" is the paper's hinge loss, "alike" its counter-test: 1 - cosine of the students.
-        tau_low: The hinge pushes the students' cosine below this at the shallow levels, in [-1, 1].
-        tau_high: The hinge pushes the students' cosine above this at the other levels, in [-1, 1].
-        low_levels: Number of shallow levels, 0 to 3.
+        settings: Parts, weights and thresholds.  With `detach_targets` the three InA adapters are not trained at all;
+            the release lets the gradients flow, which allows targets to collapse.  Without `two_students` the only
+            student is the prior-injected one where there is `mpa`.
 
     Raises:
         ConfigError: Settings contradict each other.
@@ -80,41 +68,22 @@ class PDD(nn.Module):
     """
 
     needs_support = False
-    learns_from_lesions = False
 
-    def __init__(
-        self,
-        local: Teacher,
-        global_: Teacher | None,
-        *,
-        shared_students: bool = False,
-        cosine_sign: CosineSign = "paper",
-        detach_targets: bool = False,
-        mpa: bool = True,
-        two_students: bool = True,
-        reconstruction_weight: float = 0.02,
-        cosine_weight: float = 0.05,
-        diversity_weight: float = 0.5,
-        relation: Relation = "diverse",
-        tau_low: float = 0.75,
-        tau_high: float = 0.30,
-        low_levels: int = 1,
-    ) -> None:
+    def __init__(self, local: Teacher, global_: Teacher | None = None, *, settings: PDDSettings = _DEFAULT) -> None:
         super().__init__()
-        _check_settings(shared_students, mpa, two_students, low_levels)
-        self.cosine_sign, self.relation, self.detach_targets = cosine_sign, relation, detach_targets
-        self.reconstruction_weight, self.cosine_weight = reconstruction_weight, cosine_weight
-        self.diversity_weight = diversity_weight
-        self.tau_low, self.tau_high, self.low_levels = tau_low, tau_high, low_levels
+        _check_settings(settings)
+        self.settings = settings
         # The teachers are not submodules: state_dict(), parameters() and train() concern the trainable part only.
         self._teachers = [local] if global_ is None else [local, global_]
         pairs = [] if global_ is None else zip(global_.channels, local.channels, strict=True)
         self.adapters = nn.ModuleList(Adapter(*pair) for pair in pairs)  # InA, InA, InA, MMU
-        self.prior = ManifoldPrior(local.channels) if mpa else None
-        self.students = nn.ModuleList(_students(local, 2 if two_students and not shared_students else 1))
+        self.prior = ManifoldPrior(local.channels) if settings.mpa else None
+        self.students = nn.ModuleList(
+            _students(local, 2 if settings.two_students and not settings.shared_students else 1)
+        )
         #: What the students are, in the order of `encode`.
-        self.roles = ("plain", "prior") if two_students else ("prior",) if mpa else ("plain",)
-        if shared_students:
+        self.roles = ("plain", "prior") if settings.two_students else ("prior",) if settings.mpa else ("plain",)
+        if settings.shared_students:
             _update_twice(cast("Decoder", self.students[0]).layer1)
         self.to(memory_format=torch.channels_last)  # the teachers' layout
 
@@ -216,35 +185,40 @@ class PDD(nn.Module):
             and "relation" (L_div); those of a student that is left out are absent.
         """
         encoded = self.encode(query)
-        targets = [target.detach() if self.detach_targets else target for target in encoded[-3:]]
+        targets = [target.detach() if self.settings.detach_targets else target for target in encoded[-3:]]
         students = dict(zip(self.roles, (encoded[:3], encoded[3:6]), strict=False))
         losses, total = {}, encoded[0].new_zeros((), dtype=torch.float32)
         for role, levels in students.items():
             losses[f"{role}_mse"] = mse(levels, targets)
-            total = total + self.reconstruction_weight * losses[f"{role}_mse"]
+            total = total + self.settings.reconstruction_weight * losses[f"{role}_mse"]
         if "prior" in students:
             cosine = cosine_similarities(students["prior"], targets).mean(dim=1)
-            losses["prior_cosine"] = (cosine if self.cosine_sign == "release" else 1 - cosine).sum()
-            total = total + self.cosine_weight * losses["prior_cosine"]
+            losses["prior_cosine"] = (cosine if self.settings.cosine_sign == "release" else 1 - cosine).sum()
+            total = total + self.settings.cosine_weight * losses["prior_cosine"]
         if len(students) == 2:
             losses["relation"] = self._relation(students["plain"], students["prior"])
-            total = total + self.diversity_weight * losses["relation"]
+            total = total + self.settings.diversity_weight * losses["relation"]
         return {"total": total, **losses}
 
     def _relation(self, plain: Sequence[Tensor], prior: Sequence[Tensor]) -> Tensor:
-        if self.relation == "alike":
+        if self.settings.relation == "alike":
             return (1 - cosine_similarities(plain, prior).mean(dim=1)).sum()
-        return diversity(plain, prior, tau_low=self.tau_low, tau_high=self.tau_high, low_levels=self.low_levels)
-
-
-def _check_settings(shared_students: bool, mpa: bool, two_students: bool, low_levels: int) -> None:
-    if shared_students and not (two_students and mpa):
-        raise ConfigError(
-            f"PDD: got shared_students with two_students={two_students} and mpa={mpa}, expected both True: without a "
-            "second student or a prior there are no two students to share weights. Set shared_students to False."
+        return diversity(
+            plain,
+            prior,
+            tau_low=self.settings.tau_low,
+            tau_high=self.settings.tau_high,
+            low_levels=self.settings.low_levels,
         )
-    if low_levels not in range(4):
-        raise ConfigError(f"PDD: got low_levels={low_levels}, expected 0 to 3. There are three levels.")
+
+
+def _check_settings(settings: PDDSettings) -> None:
+    if settings.shared_students and not (settings.two_students and settings.mpa):
+        raise ConfigError(
+            f"PDD: got shared_students with two_students={settings.two_students} and mpa={settings.mpa}, expected both "
+            "True: without a second student or a prior there are no two students to share weights. Set "
+            "shared_students to False."
+        )
 
 
 def _students(local: Teacher, number: int) -> list[Decoder]:

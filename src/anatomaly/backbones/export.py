@@ -1,0 +1,181 @@
+"""A frozen teacher as an ONNX file of standard operators, compared with its own forward before it is written."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from anatomaly._version import __version__
+from anatomaly.backbones.teacher import LEVELS
+from anatomaly.backbones.vmamba._scan_onnx import OPSET, expand_scans
+from anatomaly.backbones.vmamba.network import VMamba
+from anatomaly.errors import ConfigError, NotReadyError, OutputError, ShapeError
+from anatomaly.files import write_whole
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from onnx import GraphProto, ModelProto, NodeProto
+
+    from anatomaly.backbones.teacher import Teacher
+
+#: Batches of the comparison; more than one size, because the batch axis of the file is free.
+_BATCHES = (1, 3)
+_NAMES = tuple(f"level_{level}" for level in range(1, LEVELS + 1))
+#: One file holds the weights, and protobuf ends at 2 GiB; the rest is room for the graph.
+_MOST_BYTES = 2**31 - 2**26
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedTeacher:
+    """What `export_teacher` wrote.
+
+    Attributes:
+        file: The ONNX file.
+        size: (H, W) of its input.
+        opset: Version of the standard operators it needs.
+        parity: Largest relative L2 difference of a level between onnxruntime and the teacher's own forward.
+        nodes: Number of operators, those inside Scan included.
+    """
+
+    file: Path
+    size: tuple[int, int]
+    opset: int
+    parity: float
+    nodes: int
+
+
+def export_teacher(
+    teacher: Teacher, file: Path, *, size: tuple[int, int] = (256, 256), tolerance: float = 1e-4
+) -> ExportedTeacher:
+    """Write a teacher as ONNX: "images" (B, 3, H, W) float32 in [0, 1] -> "level_1" .. "level_4", shallow to deep.
+
+    The teacher's normalisation is part of the graph, B is free, and every operator is a standard one; VMamba's scan
+    becomes the operator Scan.  The teacher itself is not touched.
+
+    Args:
+        teacher: From `build_backbone`; on any device.
+        file: Replaced if it exists; appears whole or not at all.
+        size: (H, W), multiples of the teacher's last stride.
+        tolerance: Largest relative L2 difference allowed, per level, between onnxruntime and the teacher on a CPU.
+
+    Raises:
+        NotReadyError: A package is missing, or torch cannot export this network.
+        ShapeError: The size does not fit the teacher.
+        ConfigError: The weights are too large for one file.
+        OutputError: The two disagree, or the file cannot be written; nothing is left behind.
+    """
+    _check_packages()
+    stride = teacher.strides[-1]
+    if any(side < 1 or side % stride for side in size):
+        raise ShapeError(
+            f"export: got size {size[0]}x{size[1]}, expected multiples of {stride}, the last stride of {teacher.name}."
+        )
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in teacher.state_dict().values())
+    if weights > _MOST_BYTES:
+        raise ConfigError(f"export: {teacher.name} has {weights / 2**30:.1f} GiB of weights, one ONNX file holds 2.")
+    own = copy.deepcopy(teacher).cpu()  # the scan's form is changed below, and the caller's may be in use
+    model = _trace(own, size)
+    if foreign := sorted({node.domain for node in _nodes(model.graph)} - {"", "ai.onnx"}):
+        raise NotReadyError(f"export: {teacher.name} needs operators of {', '.join(foreign)}, expected standard ones.")
+    _describe(model, teacher, size)
+    content = model.SerializeToString()
+    parity = _parity(own, content, size)
+    if not parity <= tolerance:  # NaN is refused too
+        raise OutputError(
+            f"{file}: not written: onnxruntime differs from {teacher.name} by {parity:.1e} (relative L2 of a level), "
+            f"expected at most {tolerance:.0e}. Try other versions of torch and onnxruntime."
+        )
+    write_whole(file, content)
+    return ExportedTeacher(file, size, OPSET, parity, sum(1 for _ in _nodes(model.graph)))
+
+
+def _check_packages() -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as err:
+        raise NotReadyError(f"export: {err.name} is not installed. pip install anatomaly[export]") from err
+
+
+def _trace(teacher: Teacher, size: tuple[int, int]) -> ModelProto:
+    """The teacher's forward as ONNX; leaves its scan as it was."""
+    from onnxscript import optimizer
+
+    scans = isinstance(teacher.body, VMamba)
+    images = torch.zeros(2, 3, *size)
+    try:
+        if scans:
+            teacher.body.use_scan("onnx")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own deprecations
+            program = torch.onnx.export(
+                teacher,
+                (images,),
+                input_names=["images"],
+                output_names=list(_NAMES),
+                dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+                opset_version=OPSET,
+                dynamo=True,
+                verbose=False,
+                optimize=False,  # minutes for VMamba; the two steps below do what matters
+            )
+    except torch.onnx.OnnxExporterError as err:
+        reason = " ".join(str(err.__cause__ or err).split())[:200]
+        raise NotReadyError(f"export: torch {torch.__version__} cannot export {teacher.name}: {reason}") from err
+    finally:
+        if scans:
+            teacher.body.use_scan("auto")
+    assert program is not None  # None is for its old form, dynamo=False
+    optimizer.fold_constants(program.model)
+    optimizer.remove_unused_nodes(program.model)
+    return expand_scans(program.model_proto)
+
+
+def _describe(model: ModelProto, teacher: Teacher, size: tuple[int, int]) -> None:
+    """Check the graph and add the facts a reader of the file needs."""
+    import onnx
+
+    model.producer_name, model.producer_version = "anatomaly", __version__
+    facts = {
+        "teacher": teacher.name,
+        "weights_hash": teacher.weights_hash,
+        "anatomaly": __version__,
+        "size": f"{size[0]}x{size[1]}",
+        "opset": str(OPSET),
+        "input": "float32 RGB in [0, 1]" + (", normalised inside" if teacher.normalise else ""),
+        "note": "Research only, not for clinical use.",
+    }
+    onnx.helper.set_model_props(model, facts)
+    onnx.checker.check_model(model)
+
+
+@torch.no_grad()
+def _parity(teacher: Teacher, content: bytes, size: tuple[int, int]) -> float:
+    """Largest relative L2 difference of a level between onnxruntime and the teacher, on random images."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    generator = torch.Generator().manual_seed(0)
+    differences = []
+    for batch in _BATCHES:
+        images = torch.rand(batch, 3, *size, generator=generator)
+        for got, expected in zip(session.run(list(_NAMES), {"images": images.numpy()}), teacher(images), strict=True):
+            difference = torch.linalg.vector_norm(torch.from_numpy(got) - expected)
+            differences.append(difference / torch.linalg.vector_norm(expected))
+    return float(torch.stack(differences).max())  # NaN if one is
+
+
+def _nodes(graph: GraphProto) -> Iterator[NodeProto]:
+    """All operators, those in the bodies of others included."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _nodes(attribute.g)

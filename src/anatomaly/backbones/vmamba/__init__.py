@@ -1,0 +1,1 @@
+"""VMamba-Tiny: network, teacher and the selective scan."""

@@ -1,0 +1,268 @@
+"""From the cells of a benchmark to its figures: means, spreads, intervals, costs, and who beats whom beyond chance."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from anatomaly.errors import ConfigError
+from anatomaly.evaluation.comparison import Difference, compare_auroc, holm
+from anatomaly.evaluation.metrics import auroc, bootstrap, summarise_draws
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+#: In place of a task: the mean over all of them.
+ALL_TASKS = "mean of tasks"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished cell, as `evaluation.evaluate.write_evaluations` and the benchmark left it.
+
+    Attributes:
+        entry: Name of the competitor.
+        teacher: Name of the frozen backbone.
+        task: The task.
+        shots: K; 0 for one class.
+        seed: Of training and draws.
+        images: N test images as (path, frame).
+        labels: (N,) 0 or 1.
+        groups: N patients, or None where not all are known.
+        scores: (draws, N).
+        metrics: Per draw, metric by name.
+        seconds: Wall time of judging.
+        peak_mib: Peak memory of judging, or None.
+        training: Wall time and peak memory of training, empty where nothing is trained.
+    """
+
+    entry: str
+    teacher: str
+    task: str
+    shots: int
+    seed: int
+    images: tuple[tuple[str, str], ...]
+    labels: NDArray[np.int64]
+    groups: tuple[str, ...] | None
+    scores: NDArray[np.float64]
+    metrics: tuple[dict[str, float], ...]
+    seconds: float
+    peak_mib: float | None
+    training: Mapping[str, float | None]
+
+
+class Place(NamedTuple):
+    """One row of the leaderboard: a competitor with a teacher on a task at K shots, all seeds and draws together."""
+
+    task: str
+    shots: int
+    entry: str
+    teacher: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """The figures of one place.
+
+    Attributes:
+        place: Whose they are.
+        seeds: Number of seeds.
+        draws: Support draws per seed.
+        images: Test images.
+        metrics: (mean, standard deviation over seeds and draws) by metric; sd NaN for a single value.
+        low: Lower end of the 95 % bootstrap interval of the mean AUROC over test images (patients where known).
+        high: Upper end.
+        milliseconds: Judging an image, per draw.
+        peak_mib: Largest peak memory of a cell, or None where not measured.
+        training_seconds: Mean wall time of a training, or None where nothing is trained or it was not measured.
+    """
+
+    place: Place
+    seeds: int
+    draws: int
+    images: int
+    metrics: Mapping[str, tuple[float, float]]
+    low: float
+    high: float
+    milliseconds: float
+    peak_mib: float | None
+    training_seconds: float | None
+
+
+@dataclass(frozen=True)
+class Duel:
+    """A place against the reference on the same images, seeds and draws.
+
+    Attributes:
+        place: The challenger; task `ALL_TASKS` for the mean over all tasks.
+        against: Name of the reference.
+        difference: Of the mean AUROC, with interval and p.
+        adjusted: p after Holm over all duels on single tasks, or over all on means of tasks.
+    """
+
+    place: Place
+    against: str
+    difference: Difference
+    adjusted: float
+
+
+def read_cells(folders: Iterable[Path]) -> list[Finished]:
+    """Read the finished cells among some folders.
+
+    Raises:
+        ConfigError: A cell is damaged.
+    """
+    return [_read_cell(folder) for folder in folders if (folder / "cell.json").is_file()]
+
+
+def _read_cell(folder: Path) -> Finished:
+    try:
+        return _parsed(folder)
+    except (OSError, ValueError, KeyError, TypeError, StopIteration) as err:
+        raise ConfigError(f"{folder}: a damaged cell. Delete the folder and run the benchmark again.") from err
+
+
+def _parsed(folder: Path) -> Finished:
+    facts = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
+    cell = facts["key"]["cell"]
+    draws: dict[str, list[dict[str, str]]] = defaultdict(list)
+    for row in _rows(folder / "scores.csv"):
+        draws[row["draw"]].append(row)
+    first = next(iter(draws.values()))
+    known = {"task", "shots", "draw", "supports"}
+    metrics = tuple(
+        {name: float(value) for name, value in row.items() if name not in known and value}
+        for row in _rows(folder / "draws.csv")
+    )
+    patients = tuple(row["patient"] for row in first)
+    return Finished(
+        entry=cell["entry"],
+        teacher=cell["teacher"],
+        task=cell["task"],
+        shots=int(cell["shots"]),
+        seed=int(cell["seed"]),
+        images=tuple((row["path"], row["frame"]) for row in first),
+        labels=np.array([int(row["label"]) for row in first]),
+        groups=patients if all(patients) else None,
+        scores=np.array([[float(row["score"]) for row in rows] for rows in draws.values()]),
+        metrics=metrics,
+        seconds=float(facts["seconds"]),
+        peak_mib=facts["peak_mib"],
+        training=facts["training"],
+    )
+
+
+def _rows(file: Path) -> list[dict[str, str]]:
+    with file.open(encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def rank(cells: Iterable[Finished]) -> list[Row]:
+    """One row per place, by task, K and descending AUROC."""
+    places: dict[Place, list[Finished]] = defaultdict(list)
+    for cell in cells:
+        places[Place(cell.task, cell.shots, cell.entry, cell.teacher)].append(cell)
+    rows = [_row(place, members) for place, members in places.items()]
+    return sorted(rows, key=lambda row: (row.place.task, row.place.shots, -row.metrics["auroc"][0]))
+
+
+def _row(place: Place, cells: Sequence[Finished]) -> Row:
+    first = cells[0]
+    draws = [draw for cell in cells for draw in cell.metrics]
+    interval = bootstrap(auroc, _scores(cells), first.labels, groups=first.groups)
+    peaks = [cell.peak_mib for cell in cells if cell.peak_mib is not None]
+    trainings = [cell.training["seconds"] for cell in cells if cell.training.get("seconds") is not None]
+    judged = sum(cell.scores.size for cell in cells)
+    return Row(
+        place=place,
+        seeds=len(cells),
+        draws=len(first.scores),
+        images=len(first.images),
+        metrics={name: summarise_draws([draw[name] for draw in draws if name in draw]) for name in draws[0]},
+        low=interval.low,
+        high=interval.high,
+        milliseconds=1000 * sum(cell.seconds for cell in cells) / judged,
+        peak_mib=max(peaks, default=None),
+        training_seconds=float(np.mean([t for t in trainings if t is not None])) if trainings else None,
+    )
+
+
+def _scores(cells: Sequence[Finished]) -> NDArray[np.float64]:
+    """(seeds * draws, N) scores of cells that have scored the same images."""
+    _require_same_images(cells)
+    return np.concatenate([cell.scores for cell in cells])
+
+
+def _require_same_images(cells: Sequence[Finished]) -> None:
+    for cell in cells:
+        if cell.images != cells[0].images:
+            raise ConfigError(
+                f"benchmark: task {cell.task!r}: {cell.entry} with seed {cell.seed} scored other images than "
+                f"{cells[0].entry} with seed {cells[0].seed}; a file was unreadable. Delete both cells and run again."
+            )
+
+
+def duels(cells: Iterable[Finished], *, reference: str) -> list[Duel]:
+    """Compare every competitor with one that was named before, on the same images, seeds and draws.
+
+    Seeds that only one of two has finished take no part, nor do tasks with a single image or patient of a class; a mean
+    is taken over all tasks or not at all.
+
+    Args:
+        cells: Of one benchmark.
+        reference: Name of the competitor to beat; a teacher's competitors meet it with the same teacher.
+
+    Returns:
+        Duels on single tasks, then on the mean over tasks where there are several; none where the reference is alone.
+
+    Raises:
+        ConfigError: The reference took no part, or two competitors scored other images.
+    """
+    places: dict[Place, list[Finished]] = defaultdict(list)
+    for cell in cells:
+        places[Place(cell.task, cell.shots, cell.entry, cell.teacher)].append(cell)
+    if reference not in {place.entry for place in places}:
+        raise ConfigError(f"benchmark: the reference {reference!r} has no finished cells. Name another --reference.")
+    single: dict[Place, Difference] = {}
+    for place, members in sorted(places.items()):
+        other = places.get(place._replace(entry=reference), [])
+        shared = {cell.seed for cell in members} & {cell.seed for cell in other}
+        if place.entry == reference or not shared:
+            continue
+        ours, theirs = ([cell for cell in side if cell.seed in shared] for side in (members, other))
+        _require_same_images([*ours, *theirs])
+        first = ours[0]
+        owners = first.groups or first.images
+        if any(len({owners[i] for i in np.flatnonzero(first.labels == label)}) < 2 for label in (0, 1)):
+            continue  # one image (patient) of a class has no variance
+        single[place] = compare_auroc(_scores(ours), _scores(theirs), first.labels, groups=first.groups)
+    together: dict[Place, list[Difference]] = defaultdict(list)
+    for place, difference in single.items():
+        together[place._replace(task=ALL_TASKS)].append(difference)
+    tasks = len({place.task for place in places})
+    over_all = {place: _mean(found) for place, found in together.items() if len(found) == tasks > 1}
+    return [
+        Duel(place, reference, difference, adjusted)
+        for differences in (single, over_all)
+        for (place, difference), adjusted in zip(
+            differences.items(), holm([difference.p for difference in differences.values()]), strict=True
+        )
+    ]
+
+
+def _mean(differences: Sequence[Difference]) -> Difference:
+    """The mean over tasks, whose test images have nothing to do with each other: the variances add."""
+    from scipy.stats import norm
+
+    value = float(np.mean([difference.difference for difference in differences]))
+    reach = float(np.linalg.norm([(each.high - each.low) / 2 for each in differences])) / len(differences)
+    p = float(2 * norm.sf(norm.ppf(0.975) * abs(value) / reach)) if reach else float(value == 0)
+    return Difference(value, value - reach, value + reach, p)

@@ -1,0 +1,105 @@
+"""Options that several commands share, and their rules, written once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from anatomaly.errors import ConfigError
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+
+def model_arguments(parser: ArgumentParser) -> None:
+    """Options of every command that takes a model."""
+    parser.add_argument("--model", type=str, required=True, help="Folder made by fit or import.")
+    loading_arguments(parser)
+
+
+def loading_arguments(parser: ArgumentParser) -> None:
+    """How a model is loaded and run, whatever names its folder."""
+    from typing import Literal
+
+    parser.add_argument("--teacher.weights", type=str | None, help="Take the teacher's weights from this file.")
+    parser.add_argument("--global_teacher.weights", type=str | None, help="Likewise PDD's second teacher's.")
+    parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="Where to compute.")
+    parser.add_argument("--precision", type=Literal["fp32", "bf16"], default="fp32", help="bf16 is faster.")
+    parser.add_argument("--batch_size", type=int, default=16, help="Images per forward pass; changes no score.")
+
+
+def load_detector(options: Namespace, folder: str | Path | None = None) -> Any:
+    """The model in `--model`, or in another folder, loaded as `loading_arguments` say."""
+    from anatomaly.detector.detector import Detector
+
+    if options.batch_size < 1:
+        raise ConfigError(f"batch_size: got {options.batch_size}, expected at least 1.")
+    return Detector.load(
+        options.model if folder is None else folder,
+        device=options.device,
+        precision=options.precision,
+        teacher_weights=options.teacher.weights,
+        global_teacher_weights=options.global_teacher.weights,
+    )
+
+
+def support_arguments(parser: ArgumentParser) -> None:
+    """What images are compared with, and how they are read."""
+    from anatomaly.types import Intensity
+
+    parser.add_argument("--support", type=str, help="Folder or manifest of K normal images of the same kind; not PDD.")
+    parser.add_argument("--shots", type=int | None, default=None, help="Take only so many of the support images.")
+    parser.add_argument("--bank", type=str, help="Saved support bank, instead of --support.")
+    parser.add_argument("--save_bank", type=str, help="Save the support bank to this file.")
+    parser.add_argument("--task", type=str, default="task", help="Name of the kind of image.")
+    parser.add_argument("--intensity", type=Intensity | None, default=None, help="Rule where it differs from fit's.")
+
+
+def check_support_options(options: Namespace, verb: str) -> None:
+    """Refuse options of `support_arguments` that contradict each other, before anything is loaded.
+
+    Raises:
+        ConfigError: Both a support and a bank are given, or options that a bank has of its own.
+    """
+    from anatomaly.config import check_intensity
+
+    if options.support is not None and options.bank is not None:
+        raise ConfigError(f"{verb}: give either --support (normal images) or --bank (a saved bank), not both.")
+    if options.bank is not None and (options.shots is not None or options.intensity is not None):
+        raise ConfigError(f"{verb}: --bank has its own shots and intensity rule. Leave out --shots and --intensity.")
+    if options.intensity is not None:
+        check_intensity(options.intensity, "intensity")
+
+
+def check_takes_support(options: Namespace, verb: str, detector: Any) -> None:
+    """Refuse options of a support where the model compares with none.
+
+    Raises:
+        ConfigError: There are such options.
+    """
+    given = (options.support, options.bank, options.shots, options.save_bank)
+    if not detector.method.needs_support and any(option is not None for option in given):
+        raise ConfigError(
+            f"{verb}: {detector.facts.name} learned what is normal in training and compares with no support images. "
+            "Leave out --support, --bank, --shots and --save_bank."
+        )
+
+
+def support_rows(source: Path, task: str, shots: int | None) -> Any:
+    """Normal rows of a folder or table: those of split train where it has any, never one that is labelled anomalous."""
+    from anatomaly.data.manifest import load_manifest
+
+    rows = [row for row in load_manifest(source, task=task) if row.label != 1]
+    rows = [row for row in rows if row.split == "train"] or rows
+    if shots is not None and not 1 <= shots <= len(rows):
+        raise ConfigError(f"support: {source} has {len(rows)} normal images, {shots} shots asked. Change --shots.")
+    return rows[:shots]
+
+
+def image_rows(source: Path, task: str | None) -> list[Any]:
+    """Rows of a file, a folder or a table of images."""
+    from anatomaly.data.layouts import samples_of
+    from anatomaly.data.manifest import load_manifest
+
+    single = source.is_file() and source.suffix.lower() not in (".csv", ".json")
+    return samples_of(source, task=task or "task") if single else list(load_manifest(source, task=task).samples)

@@ -1,0 +1,27 @@
+"""anatomaly demo: the whole chain on built-in images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from anatomaly.commands.console import print_table
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+
+def demo_arguments(parser: ArgumentParser) -> None:
+    """Options of `demo`."""
+    parser.add_argument("--out", type=str, default="demo", help="Folder for data, model and report.")
+    parser.add_argument("--seed", type=int, default=0, help="Of the images, the training and the draws.")
+
+
+def run_demo(options: Namespace) -> int:
+    """Run `demo`."""
+    from anatomaly.benchmark.demo import demo
+
+    report, results = demo(Path(options.out), seed=options.seed)
+    print_table("A task nobody trained on", results)
+    print(f"Report: {report}")
+    return 0

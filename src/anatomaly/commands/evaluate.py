@@ -1,0 +1,52 @@
+"""anatomaly evaluate: how good a model is on labelled images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from anatomaly.commands.arguments import load_detector, model_arguments
+from anatomaly.commands.console import print_table
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+
+def evaluate_arguments(parser: ArgumentParser) -> None:
+    """Options of `evaluate`."""
+    model_arguments(parser)
+    parser.add_argument("--data", type=str, required=True, help="Folder or manifest: normals in train, a test split.")
+    parser.add_argument("--tasks", type=list[str] | None, default=None, help="Tasks to test; default all in the data.")
+    parser.add_argument("--shots", type=list[int] | int, default=[2, 4, 8], help="Values of K; not PDD.")
+    parser.add_argument("--draws", type=int, default=5, help="Support draws per K.")
+    parser.add_argument("--seed", type=int, default=0, help="Of the draws.")
+    parser.add_argument("--out", type=str, help="Folder for evaluation.json, draws.csv and scores.csv.")
+
+
+def run_evaluate(options: Namespace) -> int:
+    """Run `evaluate`."""
+    from anatomaly.data.manifest import load_manifest
+    from anatomaly.evaluation.cells import write_evaluations
+    from anatomaly.evaluation.evaluate import evaluate, pooled
+
+    manifest = load_manifest(Path(options.data))
+    detector = load_detector(options)
+    results = []
+    for task in options.tasks or manifest.tasks:
+        results += evaluate(
+            detector,
+            manifest,
+            task=task,
+            shots=[options.shots] if isinstance(options.shots, int) else options.shots,
+            draws=options.draws,
+            seed=options.seed,
+            batch_size=options.batch_size,
+        )
+    title = f"{options.model}: {options.draws} support draws"
+    if not detector.method.needs_support:
+        title = options.model
+        results += [pooled(results)] if len(results) > 1 else []
+    print_table(title, [("", result) for result in results])
+    if options.out is not None:
+        write_evaluations(results, Path(options.out))
+    return 0

@@ -1,0 +1,41 @@
+"""anatomaly fit: make a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+
+def fit_arguments(parser: ArgumentParser) -> None:
+    """Options of `fit`."""
+    from anatomaly.commands.settings import settings_arguments
+
+    parser.add_argument("--data", type=str, required=True, help="Folder or manifest with normal training images.")
+    parser.add_argument("--out", type=str, required=True, help="Folder of the model; an unfinished run in it resumes.")
+    parser.add_argument("--tasks", type=list[str] | None, default=None, help="Train on these tasks only.")
+    settings_arguments(parser)
+
+
+def run_fit(options: Namespace) -> int:
+    """Run `fit`."""
+    from anatomaly.commands.settings import fit_config
+    from anatomaly.data.manifest import load_manifest
+    from anatomaly.methods import METHODS
+
+    config = fit_config(options)
+    manifest = load_manifest(Path(options.data))
+    manifest = manifest if options.tasks is None else manifest.select(task=options.tasks)
+    record, epochs = METHODS[config.method.name], config.training.epochs
+    how = f"{epochs} epochs" if record.trained and epochs else "nothing is trained"
+    print(
+        f"{record.name} on {config.teacher.name}, {how}. {record.summary[0].upper()}{record.summary[1:]}.", flush=True
+    )
+
+    from anatomaly.training.fit import fit  # takes seconds to load, so it comes after what may be wrong
+
+    fit(manifest, options.out, config)
+    print(f"model: {options.out}")
+    return 0

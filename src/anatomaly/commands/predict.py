@@ -1,0 +1,81 @@
+"""anatomaly predict: what a model says of images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from anatomaly.commands.arguments import (
+    check_support_options,
+    check_takes_support,
+    image_rows,
+    load_detector,
+    model_arguments,
+    support_arguments,
+    support_rows,
+)
+from anatomaly.commands.console import fail, progress
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+
+def predict_arguments(parser: ArgumentParser) -> None:
+    """Options of `predict`."""
+    model_arguments(parser)
+    parser.add_argument("--images", type=str, required=True, help="File, folder or manifest of images to judge.")
+    support_arguments(parser)
+    parser.add_argument("--out", type=str, required=True, help="Folder for tables, maps, overlays and report.")
+    parser.add_argument("--maps", type=bool, default=True, help="Write maps as float32 arrays and volumes.")
+    parser.add_argument("--overlays", type=bool, default=True, help="Write overlays as PNG.")
+    parser.add_argument("--alpha", type=float | None, default=None, help="Call images at this false-positive rate.")
+    parser.add_argument("--fdr", type=float | None, default=None, help="Call with at most this share of false calls.")
+    parser.add_argument("--dependent", type=bool, default=False, help="Let fdr hold under any dependence; calls fewer.")
+
+
+def run_predict(options: Namespace) -> int:
+    """Run `predict`."""
+    from anatomaly.data.transforms import load
+    from anatomaly.results.folder import predict_to_folder
+
+    check_support_options(options, "predict")
+    samples = image_rows(Path(options.images), options.task)
+    detector = load_detector(options)
+    check_takes_support(options, "predict", detector)
+    pictures = []
+    if options.bank is not None:
+        detector.load_support(options.bank)
+    elif options.support is None:
+        detector.set_task(options.task, intensity=options.intensity)
+    else:
+        supports = support_rows(Path(options.support), options.task, options.shots)
+        detector.set_support(supports, task=options.task, intensity=options.intensity)
+        pictures = [load(row, detector.ready().preprocessing).display for row in supports]
+    if options.save_bank is not None:
+        detector.save_support(options.save_bank)
+    with progress(len(samples)) as advance:
+        summary = predict_to_folder(
+            detector,
+            samples,
+            Path(options.out),
+            batch_size=options.batch_size,
+            task=options.task,
+            bank_images=pictures,
+            maps=options.maps,
+            overlays=options.overlays,
+            alpha=options.alpha,
+            fdr=options.fdr,
+            dependent=options.dependent,
+            on_progress=advance,
+        )
+    for remark in summary.remarks:
+        print(remark)
+    known = [p.p_value for p in summary.predictions if p.p_value is not None]
+    for call in summary.calls:
+        cut = f" (p <= {call.p:.3g})" if call.p > 0 else ""
+        print(f"{sum(p <= call.p for p in known)} of {len(known)} images called at {call.name}{cut}.")
+    scored = len(summary.predictions) - summary.failed
+    print(f"{scored} images scored, {summary.failed} could not be read. Report: {summary.report}")
+    if not scored:
+        return fail("no image could be scored; scores.csv says why for each.")
+    return 0

@@ -1,0 +1,414 @@
+"""The `Detector`: a trained model that carries `spine.predict_tensor` to files, supports and saved banks."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from anatomaly.config import check_preprocessing, check_scoring
+from anatomaly.data.layouts import samples_of
+from anatomaly.data.loading import load_batches
+from anatomaly.data.readers import read_image
+from anatomaly.data.transforms import load, resolve_intensity, restore_map
+from anatomaly.detector.bundle import (
+    Bundle,
+    load_bank,
+    load_calibrations,
+    load_teacher,
+    load_weights,
+    read_bundle,
+    save_bank,
+    save_bundle,
+    save_calibrations,
+)
+from anatomaly.detector.conformal import best_fit, misfit, with_p_value
+from anatomaly.detector.facts import TEACHERS, model_hash
+from anatomaly.errors import ConfigError, NotReadyError
+from anatomaly.methods import build_method
+from anatomaly.scoring import compare_tensor, encode_tensor, leave_one_out_maps, scale_from_normals
+from anatomaly.types import Calibration, Intensity, Prediction, Preprocessing, Scoring, SupportBank
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from anatomaly.backbones.teacher import Teacher
+    from anatomaly.data.transforms import Prepared
+    from anatomaly.detector.facts import ModelFacts
+    from anatomaly.scoring import Precision, Scored
+    from anatomaly.types import Method, Sample
+
+
+class Detector:
+    """A trained model ready to judge images: ``Detector.load(bundle).set_support(images).predict(paths)``.
+
+    Args:
+        method: Teacher and student.
+        preprocessing: The one way from a file to the model's input.
+        scoring: Blur and pooling.
+        facts: What it says of itself: `ModelFacts.of(config.method, method)`.
+        task_intensity: Intensity rules of known tasks that differ from `preprocessing.intensity`.
+        device: Where to compute.
+        precision: "fp32", or "bf16" (faster on CPUs with AVX-512 bf16 or AMX and on GPUs).
+        calibrations: From `detector.calibrate.calibrate`; `predict` takes p-values from the one that fits, if any does.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        *,
+        preprocessing: Preprocessing,
+        scoring: Scoring,
+        facts: ModelFacts,
+        task_intensity: Mapping[str, Intensity] | None = None,
+        device: str = "auto",
+        precision: Precision = "fp32",
+        calibrations: Sequence[Calibration] = (),
+    ) -> None:
+        check_preprocessing(preprocessing)
+        check_scoring(scoring)
+        self.device = torch.device(choose_device(device))
+        self.method = method.to(self.device).eval()
+        torch.nn.ModuleList(self.method.teachers.values()).to(self.device)
+        self.preprocessing = preprocessing
+        self.task_intensity = dict(task_intensity or {})
+        self.scoring = scoring
+        self.facts = facts
+        self.precision: Precision = precision
+        self.bank: SupportBank | None = None
+        self.model_hash = model_hash(facts, method)
+        self.calibrations = tuple(calibrations)
+
+    @classmethod
+    def load(
+        cls,
+        bundle: str | Path,
+        *,
+        device: str = "auto",
+        precision: Precision = "fp32",
+        teacher_weights: str | None = None,
+        global_teacher_weights: str | None = None,
+        teachers: Sequence[Teacher] | None = None,
+    ) -> Detector:
+        """Load a bundle made by `fit` or `anatomaly import`.
+
+        Args:
+            bundle: The folder.
+            device: "auto", "cpu" or "cuda".
+            precision: "fp32" or "bf16".
+            teacher_weights: File to take the teacher's weights from instead of where the bundle says.
+            global_teacher_weights: Likewise for the second teacher of PDD.
+            teachers: The frozen backbones, where they are your own (`Teacher.of_module`).
+
+        Raises:
+            NotReadyError: The folder is not a bundle, its settings are out of range, or its calibration is damaged.
+            WeightsError: The teacher's weights cannot be had, or are not those the student was trained with.
+        """
+        folder = Path(bundle)
+        told, weights_hash = read_bundle(folder)
+        facts, files = told.facts, (teacher_weights, global_teacher_weights)
+        frozen = [
+            load_teacher(folder, role, told, weights, own)
+            for role, told, weights, own in zip(TEACHERS, facts.teachers, files, teachers or (None, None), strict=False)
+        ]
+        method = build_method(facts.name, frozen, facts.method.settings)
+        load_weights(folder, method, expected=weights_hash)
+        return cls(
+            method,
+            preprocessing=told.preprocessing,
+            scoring=told.scoring,
+            facts=facts,
+            task_intensity=told.task_intensity,
+            device=device,
+            precision=precision,
+            calibrations=load_calibrations(folder),
+        )
+
+    def save(self, bundle: str | Path) -> None:
+        """Write a bundle; a teacher's weights go in only if they came from a user's own file.
+
+        Raises:
+            OutputError: The folder cannot be written.
+        """
+        told = Bundle(self.facts, self.preprocessing, self.scoring, self.task_intensity)
+        save_bundle(Path(bundle), self.method, told)
+        if self.calibrations:
+            self.save_calibrations(bundle)
+
+    def set_support(
+        self, images: Iterable[str | Path | Sample], *, task: str = "task", intensity: Intensity | None = None
+    ) -> Detector:
+        """Encode K normal images of a task once; later `predict` calls compare with them.
+
+        Args:
+            images: Files or manifest rows, K >= 1, all normal.
+            task: Name of the task.
+            intensity: Rule for this task's files where it differs from the training data's (another modality or unit);
+                "percentile" becomes a fixed range on these images.
+
+        Returns:
+            This detector, so that calls can be chained; the immutable bank is `.bank`.
+
+        Raises:
+            ReadError: A support image cannot be read.
+            ConfigError: There is no image, the same image twice, or the method has no support.
+        """
+        self.bank = self.make_bank(images, task=task, intensity=intensity)
+        return self
+
+    def make_bank(
+        self, images: Iterable[str | Path | Sample], *, task: str = "task", intensity: Intensity | None = None
+    ) -> SupportBank:
+        """Like `set_support`, but only return the bank."""
+        self._check_takes_support()
+        samples = [sample for item in _items(images) for sample in samples_of(item, task=task)]
+        if not samples:
+            raise ConfigError("support: got no images, expected at least 1 normal image. Check the support folder.")
+        if anomalous := [sample.name for sample in samples if sample.label == 1]:
+            raise ConfigError(
+                f"support: {anomalous[0]} is labelled anomalous, expected normal images only. Leave it out."
+            )
+        rule = intensity or self.task_intensity.get(task, self.preprocessing.intensity)
+        fixed = resolve_intensity(rule, (read_image(s.path, frame=s.frame) for s in samples))
+        preprocessing = replace(self.preprocessing, intensity=fixed)
+        inputs, digests = [], []
+        for sample in samples:
+            pixels, _, image = load(sample, preprocessing)
+            inputs.append(torch.from_numpy(pixels))
+            digests.append(f"{image.sha256}#{sample.frame or 0}")
+        if len(set(digests)) < len(digests):
+            twice = next(s.name for s, d in zip(samples, digests, strict=True) if digests.count(d) > 1)
+            raise ConfigError(f"support: {twice} is given twice, expected K different images. Remove the copies.")
+        stack = torch.stack(inputs).to(self.device)
+        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            features = self.method.extract_support(stack)
+            tensors = self.method.embed_support(features)
+            encoded = self.method.encode(features)
+        map_range = (0.0, 0.5 * len(encoded))  # a fixed guess where a single support leaves nothing to compare with
+        if len(samples) > 1:
+            size = self.preprocessing.size
+            normal = leave_one_out_maps(self.method, encoded, tensors, size=size, scoring=self.scoring)
+            map_range = scale_from_normals(list(normal.cpu().numpy()))
+        return SupportBank(
+            tensors=tensors,
+            task=task,
+            names=tuple(sample.name for sample in samples),
+            sha256=tuple(digests),
+            preprocessing=preprocessing,
+            model_hash=self.model_hash,
+            map_range=map_range,
+            precision=self.precision,
+        )
+
+    def _check_takes_support(self) -> None:
+        if not self.method.needs_support:
+            raise ConfigError(
+                f"support: {self.facts.name} learned what is normal in training and compares with no "
+                "support images. Leave out --support and --bank."
+            )
+
+    def set_task(self, task: str, *, intensity: Intensity | None = None) -> Detector:
+        """What `set_support` is for a method without support: from here the task's rule and colour scale hold."""
+        self.bank = self.empty_bank(task, intensity=intensity)
+        return self
+
+    def empty_bank(self, task: str, *, intensity: Intensity | None = None) -> SupportBank:
+        """Like `set_task`, but only return the bank; a `ConfigError` where the method needs support images."""
+        if self.method.needs_support:
+            raise ConfigError(
+                f"support: {self.facts.name} needs normal images to compare with. Give --support or --bank."
+            )
+        ranges = self.facts.map_ranges
+        task = next(iter(ranges)) if task == "task" and len(ranges) == 1 else task  # unnamed: the one it was trained on
+        rule = intensity or self.task_intensity.get(task, self.preprocessing.intensity)
+        if rule.rule == "percentile":
+            known = ", ".join(self.task_intensity) or "none"
+            raise ConfigError(f"task {task!r} has no fixed range; choose another --task ({known}) or give --intensity.")
+        low, high = ranges.get(task, (0.0, 2.0))
+        return SupportBank(
+            tensors={},
+            task=task,
+            names=(),
+            sha256=(),
+            preprocessing=replace(self.preprocessing, intensity=rule),
+            model_hash=self.model_hash,
+            map_range=(float(low), float(high)),
+            precision=self.precision,
+        )
+
+    def save_support(self, file: str | Path) -> None:
+        """Save the current bank to one safetensors file.
+
+        Raises:
+            NotReadyError: There is no support yet.
+            OutputError: The file cannot be written.
+        """
+        save_bank(self.ready(), Path(file))
+
+    def load_support(self, file: str | Path) -> Detector:
+        """Use a saved bank.
+
+        Raises:
+            ConfigError: The method has no support.
+            NotReadyError: The file is not a bank, or was made with another model or another preprocessing.
+        """
+        self._check_takes_support()
+        self.bank = self.accept(load_bank(Path(file)))
+        return self
+
+    def accept(self, bank: SupportBank) -> SupportBank:
+        """Return the bank, moved to this detector's device, or refuse it.
+
+        Raises:
+            NotReadyError: It was made with another model or another preprocessing.
+        """
+        if bank.model_hash != self.model_hash:
+            raise NotReadyError(
+                f"support bank {bank.task!r}: made with model {bank.model_hash[:12]}..., this is "
+                f"{self.model_hash[:12]}... Encode the supports again with this model."
+            )
+        if replace(bank.preprocessing, intensity=self.preprocessing.intensity) != self.preprocessing:
+            raise NotReadyError(
+                f"support bank {bank.task!r}: made at {bank.preprocessing.size} ({bank.preprocessing.resize}), this "
+                f"model works at {self.preprocessing.size} ({self.preprocessing.resize}). Encode the supports again."
+            )
+        return replace(bank, tensors={key: tensor.to(self.device) for key, tensor in bank.tensors.items()})
+
+    def calibrate_with(self, calibration: Calibration) -> Detector:
+        """Take a calibration up, in place of an earlier one of the same setting."""
+        others = (each for each in self.calibrations if misfit(each, calibration))
+        self.calibrations = (*others, calibration)
+        return self
+
+    def save_calibrations(self, bundle: str | Path) -> None:
+        """Write the calibrations into this model's bundle; `load` finds them there.
+
+        Raises:
+            OutputError: The file cannot be written.
+        """
+        save_calibrations(self.calibrations, Path(bundle))
+
+    def setting(self, bank: SupportBank) -> Calibration:
+        """Everything that scores against this bank depend on, as a calibration without scores."""
+        return Calibration(
+            task=bank.task,
+            kind="held-out",
+            guarantee="exact",
+            unit="image",
+            scores=(),
+            images=(),
+            sha256=(),
+            model_hash=self.model_hash,
+            bank_digest=bank.digest,
+            preprocessing=bank.preprocessing,
+            scoring=self.scoring,
+            precision=self.precision,
+        )
+
+    def find_calibration(self) -> tuple[Calibration | None, str]:
+        """The calibration that fits the current support, and one line to say about it.
+
+        Returns:
+            The calibration, or None; the line says why there is none and is empty where there never was one.
+
+        Raises:
+            NotReadyError: There is no support yet.
+        """
+        return best_fit(self.calibrations, self.setting(self.ready()))
+
+    def predict(
+        self, items: Iterable[str | Path | Sample], *, batch_size: int = 16, task: str = "task"
+    ) -> Iterator[Prediction]:
+        """Judge files against the current support, in order.
+
+        Args:
+            items: Files (a volume gives one prediction per slice) or manifest rows.
+            batch_size: Images per forward pass; does not change any score.
+            task: Task name of items given as files.
+
+        Yields:
+            One `Prediction` per image; an unreadable one carries `error` and ends nothing.
+
+        Raises:
+            NotReadyError: There is no support yet.
+        """
+        bank = self.ready()
+        calibration, _ = self.find_calibration()
+        if batch_size < 1:
+            raise ConfigError(f"predict: batch_size is {batch_size}, expected at least 1.")
+        samples = (sample for item in _items(items) for sample in samples_of(item, task=task))
+        started = time.perf_counter()
+        for batch in load_batches(samples, bank.preprocessing, batch_size=batch_size):
+            readable = [(item.sample, item.prepared) for item in batch if item.prepared is not None]
+            scored = iter([with_p_value(each, bank, calibration) for each in self._score(readable, bank)])
+            seconds = (time.perf_counter() - started) / len(batch)
+            for item in batch:
+                failure = Prediction(sample=item.sample, score=float("nan"), error=item.error)
+                yield replace(failure if item.prepared is None else next(scored), seconds=seconds)
+            started = time.perf_counter()
+
+    def encode(self, inputs: Sequence[NDArray[np.float32]]) -> Sequence[Tensor]:
+        """Encode prepared (3, H, W) inputs once, to be compared with any number of banks."""
+        stack = torch.from_numpy(np.stack(inputs)).to(self.device)
+        return encode_tensor(self.method, stack, precision=self.precision)
+
+    def compare(self, encoded: Sequence[Tensor], bank: SupportBank) -> Scored:
+        """Maps, scores and weights of encoded images against one bank."""
+        return compare_tensor(self.method, encoded, bank.tensors, size=self.preprocessing.size, scoring=self.scoring)
+
+    def _score(self, items: Sequence[tuple[Sample, Prepared]], bank: SupportBank) -> list[Prediction]:
+        if not items:
+            return []
+        scored = self.compare(self.encode([prepared.input for _, prepared in items]), bank)
+        maps, scores = scored.maps.cpu().numpy(), scored.scores.tolist()
+        weights = None if scored.weights is None else scored.weights.float().cpu().numpy()
+        return [
+            Prediction(
+                sample=sample,
+                score=scores[i],
+                anomaly_map=restore_map(maps[i], prepared.image.size, bank.preprocessing),
+                image=prepared.display,
+                support_weights=None if weights is None else weights[i],
+                spacing=prepared.image.spacing,
+                note=prepared.image.note,
+                sha256=f"{prepared.image.sha256}#{sample.frame or 0}",
+            )
+            for i, (sample, prepared) in enumerate(items)
+        ]
+
+    def ready(self) -> SupportBank:
+        """The current bank; a method without support starts with an empty one.
+
+        Raises:
+            NotReadyError: There is none yet.
+        """
+        if self.bank is None and not self.method.needs_support:
+            self.set_task("task")
+        if self.bank is None:
+            raise NotReadyError("Detector: no support yet. Call set_support(images) or load_support(file) first.")
+        return self.bank
+
+
+def _items(items: Iterable[str | Path | Sample]) -> Iterable[str | Path | Sample]:
+    """Take one path for a list of one, not for its characters."""
+    return [items] if isinstance(items, (str, Path)) else items
+
+
+def choose_device(device: str) -> str:
+    """Resolve "auto" to "cuda" where there is one, else "cpu".
+
+    Raises:
+        ConfigError: "cuda" is asked for and there is none.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: cuda asked for, this machine has none that torch can use. Pass --device cpu.")
+    return device

@@ -1,0 +1,104 @@
+"""What a model says of itself besides its weights: method, teachers, training."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from anatomaly.backbones.teacher import TeacherFacts
+from anatomaly.backbones.weights import state_digest
+from anatomaly.config import MethodConfig, TeacherConfig
+from anatomaly.methods import METHODS
+from anatomaly.methods.settings import D24FADSettings
+
+if TYPE_CHECKING:
+    from anatomaly.methods import MethodRecord
+    from anatomaly.types import Method
+
+#: What bundles and flags call a method's teachers, in the method's own order.
+TEACHERS = ("teacher", "global_teacher")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a model says of itself.
+
+    Attributes:
+        method: Its method and settings.
+        teachers: Its frozen backbones, in the method's own order.
+        training: Settings, tasks and figures of its training; empty where it was not trained here.
+        map_ranges: By task, the (low, high) of the fixed colour scale of a method without support.
+    """
+
+    method: MethodConfig
+    teachers: tuple[TeacherFacts, ...]
+    training: Mapping[str, Any] = field(default_factory=dict)
+    map_ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: MethodConfig, method: Method, training: Mapping[str, Any] | None = None) -> ModelFacts:
+        """The facts of a method that was built from these settings."""
+        return cls(config, tuple(teacher.facts() for teacher in method.teachers.values()), training or {})
+
+    @property
+    def name(self) -> str:
+        """Name of the method."""
+        return self.method.name
+
+    @property
+    def record(self) -> MethodRecord:
+        """The method's own record."""
+        return METHODS[self.method.name]
+
+    def as_dict(self) -> dict[str, Any]:
+        """As `config.json` spells it."""
+        teachers = {role: asdict(facts) for role, facts in zip(TEACHERS, self.teachers, strict=False)}
+        ranges = {task: list(scale) for task, scale in self.map_ranges.items()}
+        return {
+            "method": self.method.as_dict(),
+            **teachers,
+            **({"training": dict(self.training)} if self.training else {}),
+            **({"map_ranges": ranges} if ranges else {}),
+        }
+
+    @classmethod
+    def from_dict(cls, facts: Mapping[str, Any]) -> ModelFacts:
+        """The reverse; everything that will be relied on is checked here.
+
+        Raises:
+            ConfigError: A setting is out of range or of another type, or a name is unknown.
+            KeyError, TypeError, ValueError: A part is missing or of another form.
+        """
+        roles = [role for role in TEACHERS if role in facts or role == TEACHERS[0]]
+        teachers = tuple(
+            TeacherFacts(**{key: facts[role][key] for key in ("name", "weights", "normalise", "hash")})
+            for role in roles
+        )
+        for each in teachers:
+            TeacherConfig(each.name, each.weights, each.normalise)
+            if not isinstance(each.hash, str):
+                raise TypeError("a teacher's hash is no text")
+        ranges = {str(task): (float(low), float(high)) for task, (low, high) in facts.get("map_ranges", {}).items()}
+        for low, high in ranges.values():
+            if not -1e30 < low < high < 1e30:
+                raise ValueError(f"a map range is {low} to {high}")
+        return cls(MethodConfig.from_dict(facts["method"]), teachers, dict(facts.get("training", {})), ranges)
+
+
+def model_hash(facts: ModelFacts, method: Method) -> str:
+    """Digest of everything a bank's tensors depend on besides its images: weights, teachers' scaling, choices.
+
+    The first bundles spelled the settings of one method beside those of every other.  They are still digested like
+    that, so that their banks and calibrations keep fitting.
+    """
+    name, own = facts.name, asdict(facts.method.settings)
+    plain = isinstance(facts.method.settings, D24FADSettings)
+    choices = {"name": name, **(own if plain else asdict(D24FADSettings()))}
+    if own and not plain:
+        choices[name] = own
+    teachers: Sequence[Any] = list(method.teachers.values())
+    told = (fact for teacher in teachers for fact in (teacher.name, teacher.normalise, teacher.weights_hash))
+    text = repr((choices, *told)) + state_digest(method.state_dict())
+    return hashlib.sha256(text.encode()).hexdigest()

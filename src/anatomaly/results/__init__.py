@@ -1,0 +1,1 @@
+"""What the folder given as --out holds."""

@@ -1,0 +1,248 @@
+"""Judge a whole set of images into a folder: tables, maps, volumes and one report, row by row."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from anatomaly.data.readers import sniff_format
+from anatomaly.data.volumes import write_volume
+from anatomaly.detector.conformal import Call, needed_calls, needed_normals, rejected_up_to, threshold, unit_of
+from anatomaly.errors import ConfigError
+from anatomaly.results.page import Table, shrink, write_report
+from anatomaly.results.writer import ResultWriter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from anatomaly.detector.detector import Detector
+    from anatomaly.types import Calibration, Prediction, Sample
+
+_CASES = 200  # shown in the report; their pictures are kept in memory, shrunk
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run left behind.
+
+    Attributes:
+        predictions: One per image, in order, without pictures except for the highest scores.
+        report: The HTML file.
+        failed: Number of images without a score.
+        calls: What was called anomalous at the rates asked for.
+        remarks: Lines to tell about p-values, and about images the model has seen.
+    """
+
+    predictions: tuple[Prediction, ...]
+    report: Path
+    failed: int
+    calls: tuple[Call, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+
+def predict_to_folder(
+    detector: Detector,
+    samples: Iterable[str | Path | Sample],
+    out: Path,
+    *,
+    batch_size: int = 16,
+    task: str = "task",
+    title: str = "Anomaly report",
+    bank_images: Sequence[NDArray[np.float32]] = (),
+    metrics: Mapping[str, str] | None = None,
+    tables: Sequence[Table] = (),
+    maps: bool = True,
+    overlays: bool = True,
+    alpha: float | None = None,
+    fdr: float | None = None,
+    dependent: bool = False,
+    on_progress: Callable[[Prediction], None] = lambda prediction: None,
+) -> Summary:
+    """Judge images against the detector's support and write scores.csv, scores.jsonl, maps, overlays and report.html.
+
+    The maps of a NIfTI volume are also written as one volume on the source's grid, `maps/NAME_map.nii.gz`.
+
+    Args:
+        detector: With its support set.
+        samples: Files or manifest rows.
+        out: Folder; one that holds results already is refused.
+        batch_size: Images per forward pass; changes no score.
+        task: Task name of items given as files.
+        title: Heading of the report.
+        bank_images: The support images, each (C, H, W) in [0, 1], for the report.
+        metrics: Measured quality for the report, as label and text.
+        tables: More tables for the report.
+        maps: Write maps as arrays (and volumes).
+        overlays: Write overlays as pictures.
+        alpha: Call images anomalous at this false-positive rate; needs a calibration that fits.
+        fdr: Call images of this run so that at most this share of the calls is false on average; likewise.
+        dependent: Make `fdr` hold under any dependence between the images (Benjamini-Yekutieli).
+        on_progress: Called with every prediction.
+
+    Raises:
+        NotReadyError: The detector has no support, and its method needs one.
+        ConfigError: A rate that the calibration is too small for, or a rate without a calibration that fits.
+        OutputError: Something cannot be written; the rows so far are complete.
+    """
+    bank = detector.ready()
+    calibration, line = detector.find_calibration()
+    for option, rate in (("alpha", alpha), ("fdr", fdr)):
+        _check_rate(option, rate, calibration, line)
+    kept: list[Prediction] = []
+    highest: list[tuple[float, int]] = []  # heap of (score, -index) with pictures; the report, too, shows ties in order
+    volumes = _Volumes(out / "maps") if maps else None
+    with ResultWriter(out, scale=bank.map_range, support_names=bank.names, maps=maps, overlays=overlays) as writer:
+        for prediction in detector.predict(samples, batch_size=batch_size, task=task):
+            writer.write(prediction)
+            if volumes is not None:
+                volumes.add(prediction)
+            kept.append(replace(prediction, image=None, anomaly_map=None))
+            if prediction.error is None:
+                heapq.heappush(highest, (prediction.score, 1 - len(kept)))
+                dropped = -heapq.heappop(highest)[1] if len(highest) > _CASES else -1
+                if dropped >= 0:
+                    kept[dropped] = replace(kept[dropped], image=None, anomaly_map=None)
+                if dropped != len(kept) - 1:
+                    kept[-1] = shrink(prediction)
+            on_progress(prediction)
+    if volumes is not None:
+        volumes.flush()
+    calls = () if calibration is None else tuple(_calls(kept, calibration, alpha, fdr, dependent))
+    report = write_report(
+        out / "report.html",
+        kept,
+        title=title,
+        bank_names=bank.names,
+        bank_images=bank_images,
+        scale=bank.map_range,
+        about=_about(detector, bank.task),
+        metrics=metrics,
+        tables=tables,
+        calibration=calibration,
+        calls=calls,
+        max_cases=_CASES,
+    )
+    remarks = (*([line] if line else []), *_remarks(kept, calibration, fdr, dependent))
+    return Summary(tuple(kept), report, sum(p.error is not None for p in kept), calls, remarks)
+
+
+def _check_rate(option: str, rate: float | None, calibration: Calibration | None, line: str) -> None:
+    """Refuse a rate that nothing can be called at, before anything is written."""
+    if rate is None:
+        return
+    if not 0 < rate < 1:
+        raise ConfigError(f"{option}: got {rate}, expected a rate between 0 and 1, such as 0.05.")
+    if calibration is None:
+        raise ConfigError(f"{option}: {line or 'the model is not calibrated. Run anatomaly calibrate first.'}")
+    if calibration.n < (needed := needed_normals(rate)):
+        n = calibration.n
+        raise ConfigError(
+            f"{option}: {rate:.4g} needs a calibration on {needed} or more normal {calibration.unit}s, got {n}: "
+            f"no p-value below {1 / (n + 1):.3g} is possible. Calibrate on more (--normals) or ask for a higher rate."
+        )
+
+
+def _units(predictions: Sequence[Prediction], unit: Literal["patient", "scan", "image"]) -> dict[Hashable, list[float]]:
+    """The p-values of a run by unit."""
+    units: defaultdict[Hashable, list[float]] = defaultdict(list)
+    for p in predictions:
+        if p.p_value is not None and p.sha256 is not None:
+            units[unit_of(p.sample, p.sha256, unit)].append(p.p_value)
+    return units
+
+
+def _calls(
+    predictions: Sequence[Prediction],
+    calibration: Calibration,
+    alpha: float | None,
+    fdr: float | None,
+    dependent: bool,
+) -> Iterable[Call]:
+    """The rules asked for; units, not their images, are what false discovery control counts."""
+    cuts = [] if alpha is None else [(f"{100 * alpha:.4g} % false-positive rate", alpha)]
+    if fdr is not None:
+        found = [min(values) for values in _units(predictions, calibration.unit).values()]
+        cuts.append((f"{100 * fdr:.4g} % false discovery rate", rejected_up_to(found, fdr, dependent=dependent)))
+    for name, p in cuts:
+        yield Call(name, p, threshold(calibration.scores, p) if p > 0 else math.inf)
+
+
+def _remarks(
+    predictions: Sequence[Prediction], calibration: Calibration | None, fdr: float | None, dependent: bool
+) -> Iterable[str]:
+    notes = [p.note for p in predictions if p.note is not None]
+    for note in sorted(set(notes)):
+        yield f"{notes.count(note)} of {len(predictions)} images: {note}."
+    if calibration is None:
+        return
+    most = max(calibration.images)
+    of_files = _units(predictions, "scan" if calibration.unit == "image" else calibration.unit)
+    if larger := sum(len(values) > most for values in of_files.values()):
+        yield (
+            f"{larger} patients or files have more images than the {most} that calibrated ones have at most: read "
+            "their p-values image by image, the smallest of them is not one of the patient."
+        )
+    m = len(_units(predictions, calibration.unit))
+    if fdr is not None and m and (needed := needed_calls(calibration.n, m, fdr, dependent=dependent)) > 1:
+        unit = calibration.unit
+        yield (
+            f"fdr {fdr:.4g}: no fewer than {needed} of these {m} {unit}s can be called, for no p-value is below "
+            f"1/{calibration.n + 1}"
+            f"{', which cannot be' if needed > m else ''}; with more calibration {unit}s fewer would do."
+        )
+
+
+def _about(detector: Detector, task: str) -> dict[str, str]:
+    """The facts of the model that a reader of the report may need."""
+    preprocessing, scoring = detector.preprocessing, detector.scoring
+    pooled = f"mean of the highest {100 * scoring.top_fraction:g} %" if scoring.pooling == "topk" else scoring.pooling
+    training = detector.facts.training
+    about = {
+        "Method": detector.facts.name,
+        "Teacher": ", ".join(f"{t.name} ({t.weights_hash[:12]})" for t in detector.method.teachers.values()),
+        "Model": detector.model_hash[:12],
+        "Task": task,
+        "Input": f"{preprocessing.size[0]} x {preprocessing.size[1]} pixels, {preprocessing.resize}",
+        "Score": f"{pooled} of the map, Gaussian blur {scoring.blur:g} pixels",
+    }
+    if "best_epoch" in training:
+        more = f" and {training['synthetic']} drawn ones of each built-in task" if training.get("synthetic") else ""
+        about["Trained on"] = f"{training['images']} normal images of {', '.join(training['tasks'])}{more}"
+    return about
+
+
+class _Volumes:
+    """Collect the maps of a NIfTI file's slices and write them as one volume when the next file begins."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.source: Path | None = None
+        self.maps: dict[int, NDArray[np.float32]] = {}
+
+    def add(self, prediction: Prediction) -> None:
+        if prediction.sample.path != self.source:
+            self.flush()
+            self.source = prediction.sample.path
+        if prediction.anomaly_map is not None:
+            self.maps[prediction.sample.frame or 0] = prediction.anomaly_map
+
+    def flush(self) -> None:
+        if self.source is not None and self.maps and sniff_format(self.source) == "nifti":
+            stem = self.source.name.removesuffix(".gz").removesuffix(".nii")
+            write_volume(self.maps, self.source, _unused(self.folder, stem))
+        self.source, self.maps = None, {}
+
+
+def _unused(folder: Path, stem: str) -> Path:
+    """`stem_map.nii.gz`, numbered where another volume of that name came first."""
+    candidate, number = folder / f"{stem}_map.nii.gz", 2
+    while candidate.exists():
+        candidate, number = folder / f"{stem}_map_{number}.nii.gz", number + 1
+    return candidate

@@ -1,0 +1,103 @@
+"""Colour anomaly maps on one fixed scale, and turn pixels into picture files.
+
+The colour scale belongs to the run, not to the image: stretching every map to its own minimum and maximum would paint
+normal images red.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Nine anchors of the "inferno" colour map (van der Walt and Smith, CC0): its lightness rises evenly from black to pale
+# yellow, so that equal steps of the map look like equal steps and grey-scale printing keeps the order.
+_ANCHORS = (
+    (0, 0, 4), (31, 12, 72), (85, 15, 109), (136, 34, 106), (186, 54, 85),
+    (227, 89, 51), (249, 140, 10), (249, 201, 50), (252, 255, 164),
+)  # fmt: skip
+_STEPS = np.arange(256) / 255 * (len(_ANCHORS) - 1)
+_CHANNELS = [np.interp(_STEPS, range(len(_ANCHORS)), channel) for channel in zip(*_ANCHORS, strict=True)]
+_COLOURS = np.rint(np.stack(_CHANNELS, axis=1)).astype(np.uint8)  # (256, 3)
+_NO_VALUE = np.uint8(128)
+_OVERLAY_STRENGTH = 0.75  # below 1, so that anatomy shows through the brightest spot
+
+
+def _on_scale(anomaly_map: NDArray[Any], scale: tuple[float, float]) -> NDArray[np.float64]:
+    """Map values as positions on the colour scale: (H, W) in [0, 1], NaN where the map has no value."""
+    low, high = checked_scale(scale)
+    if anomaly_map.ndim != 2:
+        raise ValueError(f"anomaly map: has shape {anomaly_map.shape}, expected (H, W).")
+    return np.clip((np.asarray(anomaly_map, dtype=np.float64) - low) / (high - low), 0.0, 1.0)
+
+
+def checked_scale(scale: tuple[float, float]) -> tuple[float, float]:
+    """(low, high) as it is; a ValueError unless both are finite and low < high."""
+    low, high = scale
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ValueError(f"colour scale: got ({low}, {high}), expected two finite numbers, low < high.")
+    return low, high
+
+
+def render_map(anomaly_map: NDArray[Any], scale: tuple[float, float]) -> NDArray[np.uint8]:
+    """Colour an anomaly map: dark at the low end of the scale, pale yellow at the high end.
+
+    Args:
+        anomaly_map: (H, W) in map units.
+        scale: (low, high) in map units, the same for all images of a run; values outside take the end colours.
+
+    Returns:
+        (H, W, 3) RGB; mid-grey where the map is NaN.
+
+    Raises:
+        ValueError: The map is not two-dimensional, or not low < high.
+    """
+    position = _on_scale(anomaly_map, scale)
+    known = np.isfinite(position)
+    index = np.rint(np.where(known, position, 0.0) * 255).astype(np.intp)
+    colours: NDArray[np.uint8] = np.where(known[..., None], _COLOURS[index], _NO_VALUE)
+    return colours
+
+
+def overlay(image: NDArray[Any], anomaly_map: NDArray[Any], scale: tuple[float, float]) -> NDArray[np.uint8]:
+    """Lay the coloured map over the image in grey; the less anomalous a pixel, the more of the image shows.
+
+    Args:
+        image: (C, H, W) in [0, 1], C in {1, 3}.
+        anomaly_map: (H, W) in map units.
+        scale: (low, high) in map units, the same for all images of a run.
+
+    Returns:
+        (H, W, 3) RGB; the plain grey image wherever the map is at or below `low` or is NaN.
+
+    Raises:
+        ValueError: The shapes do not fit, or not low < high.
+    """
+    if image.ndim != 3 or image.shape[0] not in (1, 3) or image.shape[1:] != anomaly_map.shape:
+        raise ValueError(
+            f"overlay: the image is {image.shape} and the map {anomaly_map.shape}; "
+            "expected (C, H, W) with C 1 or 3, and (H, W) of the same size."
+        )
+    luma = np.array([0.299, 0.587, 0.114]) if len(image) == 3 else np.ones(1)
+    grey = np.clip(np.nan_to_num(np.tensordot(luma, image, axes=1)), 0.0, 1.0)[..., None] * 255  # (H, W, 1)
+    alpha = _OVERLAY_STRENGTH * np.nan_to_num(_on_scale(anomaly_map, scale))[..., None]
+    blend: NDArray[np.uint8] = np.rint((1 - alpha) * grey + alpha * render_map(anomaly_map, scale)).astype(np.uint8)
+    return blend
+
+
+def encode_picture(pixels: NDArray[np.uint8], *, kind: str) -> bytes:
+    """The bytes of a picture file.
+
+    Args:
+        pixels: (H, W, 3) RGB.
+        kind: "PNG" (lossless) or "JPEG" (small, for thumbnails).
+    """
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    settings: dict[str, int] = {"quality": 88, "subsampling": 0} if kind == "JPEG" else {}
+    Image.fromarray(pixels).save(buffer, kind, **settings)
+    return buffer.getvalue()

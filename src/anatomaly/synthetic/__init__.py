@@ -1,0 +1,1 @@
+"""Images nobody was scanned for: the phantom and lesions."""

@@ -1,0 +1,1 @@
+"""fit(): episodes, loss and checkpoints."""

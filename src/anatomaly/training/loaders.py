@@ -1,0 +1,157 @@
+"""Training rows as batches: prepared once, teacher features computed once, drawn as the method learns from them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch.utils.data import DataLoader
+
+from anatomaly.backbones.feature_cache import FeatureCache, image_key
+from anatomaly.backbones.weights import cache_dir
+from anatomaly.synthetic.phantom import is_drawn
+from anatomaly.training.episodes import Batch, Episodes, EpisodeSampler, as_is
+from anatomaly.training.lesion_episodes import LesionEpisodes, StepSampler, synthetic_images
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from torch import Tensor
+
+    from anatomaly.config import TrainingConfig
+    from anatomaly.types import Features, Intensity, Method, Sample
+
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from anatomaly.data.loading import load_batches
+from anatomaly.errors import ReadError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from torch import Tensor
+
+    from anatomaly.types import Features, Intensity, Method, Preprocessing, Sample
+
+_READ_BATCH = 32
+
+
+class Preparation(NamedTuple):
+    """How rows of any task become input tensors: geometry, the tasks' own intensity rules, and the device."""
+
+    preprocessing: Preprocessing
+    rules: Mapping[str, Intensity]
+    device: str
+
+    def of(self, task: str) -> Preprocessing:
+        """The preprocessing with the task's own intensity rule."""
+        return replace(self.preprocessing, intensity=self.rules.get(task, self.preprocessing.intensity))
+
+    def inputs(self, samples: Sequence[Sample]) -> Iterator[Tensor]:
+        """Batches (b, 3, H, W) of the rows in order; neighbouring rows of one task are read together.
+
+        Raises:
+            ReadError: A file cannot be read; training on fewer images than asked would go unnoticed.
+        """
+        start = 0
+        while start < len(samples):
+            task = samples[start].task
+            stop = next((i for i in range(start, len(samples)) if samples[i].task != task), len(samples))
+            for batch in load_batches(samples[start:stop], self.of(task), batch_size=_READ_BATCH):
+                broken = [item.error for item in batch if item.prepared is None]
+                if broken:
+                    raise ReadError(f"training: {broken[0]} Remove the file or correct it; see `anatomaly data check`.")
+                arrays = [item.prepared.input for item in batch if item.prepared is not None]
+                yield torch.from_numpy(np.stack(arrays)).to(self.device)
+            start = stop
+
+
+def training_loader(
+    method: Method, rows: Sequence[Sample], prepare: Preparation, settings: TrainingConfig, *, learns_from: str
+) -> DataLoader[Batch]:
+    """Batches of training rows, drawn as the method learns from them (`methods.MethodRecord.learns_from`)."""
+    fetch = _source(method, rows, prepare, settings)
+    if learns_from == "lesions":
+        return _lesion_loader(method, rows, fetch, prepare, settings)
+    tasks = [sample.task for sample in rows]
+    shots = 0 if learns_from == "normals" else settings.shots
+    sampler = EpisodeSampler(tasks, shots=shots, resample=settings.resample, seed=settings.seed)
+    return DataLoader(Episodes(fetch), batch_size=settings.batch_size, sampler=sampler, collate_fn=as_is)
+
+
+def _lesion_loader(
+    method: Method,
+    rows: Sequence[Sample],
+    fetch: Callable[[Tensor, slice], Features],
+    prepare: Preparation,
+    settings: TrainingConfig,
+) -> DataLoader[Batch]:
+    """Batches with pasted lesions: of the training rows and, unless these are built-in images too, of built-in ones."""
+    more, synthetic = synthetic_images(synthetic_images_of(rows, settings), prepare.preprocessing.size)
+    with torch.inference_mode():
+        batches = [
+            method.extract(images.to(prepare.device))["teacher"] for images in torch.split(synthetic, _READ_BATCH)
+        ]
+    pyramid = [torch.cat(levels) for levels in zip(*batches, strict=True)]
+
+    def load(indices: Sequence[int]) -> Tensor:
+        if indices[0] >= len(rows):
+            return synthetic[[i - len(rows) for i in indices]]
+        return torch.cat(list(prepare.inputs([rows[i] for i in indices])))
+
+    def features(index: Tensor, levels: slice) -> Features:
+        if index.flatten()[0] >= len(rows):
+            return {"teacher": [level[index - len(rows)].clone() for level in pyramid[levels]]}
+        return fetch(index, levels)
+
+    episodes = LesionEpisodes(
+        [*(row.task for row in rows), *more],
+        load,
+        features,
+        lambda images: method.extract(images.to(prepare.device)),
+        shots=settings.shots,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+    )
+    return DataLoader(episodes, batch_size=None, sampler=StepSampler())
+
+
+def synthetic_images_of(rows: Iterable[Sample], settings: TrainingConfig) -> int:
+    """Images of each built-in task that join those with lesions: none where the rows are built-in images themselves."""
+    drawn = any(is_drawn(file) for file in {row.task: row.path for row in rows}.values())
+    return 0 if drawn else settings.synthetic
+
+
+def _source(
+    method: Method, rows: Sequence[Sample], prepare: Preparation, settings: TrainingConfig
+) -> Callable[[Tensor, slice], Features]:
+    """Teacher features of training rows by index, computed once per image as far as the cache's budgets reach."""
+    disk = settings.cache_disk_gib * 2**30
+    cache = FeatureCache(
+        memory_bytes=settings.cache_gib * 2**30,
+        folder=cache_dir() / "features" if disk else None,
+        disk_bytes=disk,
+        precision=settings.precision,
+        device=prepare.device,
+    )
+    keys = [image_key(row, prepare.of(row.task)) for row in rows]
+
+    def load(positions: Sequence[int]) -> Tensor:
+        return torch.cat(list(prepare.inputs([rows[i] for i in positions])))
+
+    cache.fill(method.teachers, keys, load)
+
+    def fetch(index: Tensor, levels: slice) -> Features:
+        flat = index.flatten().tolist()
+        wanted = [keys[i] for i in flat]
+        found = cache.get(method.teachers, wanted, lambda positions: load([flat[p] for p in positions]), levels=levels)
+        return {
+            role: [level.reshape(*index.shape, *level.shape[1:]) for level in pyramid]
+            for role, pyramid in found.items()
+        }
+
+    return fetch

@@ -1,0 +1,166 @@
+"""Lightning's view of a method, and its loop: loss, optimiser, checkpoints, the best weights so far."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import signal
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from anatomaly.detector.bundle import read_tensors, write_tensors
+from anatomaly.files import output_error, write_whole
+from anatomaly.methods import METHODS
+from anatomaly.training.episodes import Batch
+from anatomaly.training.loaders import Preparation, training_loader
+from anatomaly.training.validation import Validation
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lightning.pytorch.utilities.types import OptimizerLRScheduler
+    from torch import Tensor
+
+    from anatomaly.config import FitConfig
+    from anatomaly.data.manifest import Manifest
+    from anatomaly.types import Method
+
+logger = logging.getLogger(__name__)
+
+_BEST = "best.safetensors"
+
+
+class StudentTraining(lightning.LightningModule):
+    """Lightning's view of a method: loss, optimiser, and the best weights so far by validation.
+
+    Args:
+        method: Its trainable part is optimised.
+        validate: Returns the validation figures of the method as it is; "val_auroc" decides.
+        folder: Where the best weights and `progress.jsonl` go.
+        config: All settings.
+    """
+
+    def __init__(
+        self, method: Method, validate: Callable[[], dict[str, float]], folder: Path, config: FitConfig
+    ) -> None:
+        super().__init__()
+        self.method = method
+        self.validate = validate
+        self.folder = folder
+        self.config = config.training
+        self.best: dict[str, float] = {"val_auroc": -1.0, "best_epoch": -1.0}
+        self._started = time.perf_counter()
+        self._losses: list[dict[str, Tensor]] = []
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Adam with both releases' betas; the schedule moves once an epoch."""
+        rate = self.config.learning_rate
+        optimizer = torch.optim.Adam(self.method.parameters(), lr=rate, betas=(0.5, 0.999))
+        if self.config.schedule == "constant":
+            return optimizer
+        # A closed form beyond T_max: down to the floor and up again, as PDD's release does over its 100 epochs.
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.config.cosine_epochs, eta_min=0.1 * rate)
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def on_train_start(self) -> None:
+        """Forget epochs that were noted in `progress.jsonl` but not saved any more before the run was killed."""
+        file = self.folder / "progress.jsonl"
+        if file.is_file():
+            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+            write_whole(file, "".join(lines[: self.current_epoch]).encode())
+
+    def training_step(self, batch: Batch) -> Tensor:
+        """Loss of B episodes, whose teacher features come with the batch."""
+        losses = self.method.training_loss(batch.query, batch.support)
+        self.log_dict(losses, prog_bar=True, batch_size=self.config.batch_size)
+        self._losses.append({name: loss.detach() for name, loss in losses.items()})
+        return losses["total"]
+
+    def on_train_epoch_end(self) -> None:
+        """Append the epoch's figures to `progress.jsonl`; every few epochs validate and keep the best weights."""
+        epoch = self.current_epoch
+        mean = {name: float(torch.stack([step[name] for step in self._losses]).mean()) for name in self._losses[0]}
+        figures: dict[str, float] = {"epoch": epoch, **mean}
+        self._losses.clear()
+        if (epoch + 1) % self.config.validate_every == 0 or epoch + 1 == self.config.epochs:
+            self.method.eval()
+            figures |= self.validate()
+            self.method.train()
+            if self.config.keep_checkpoints:
+                write_tensors(self.folder / f"epoch_{epoch}.safetensors", self.method.state_dict())
+            if figures["val_auroc"] > self.best["val_auroc"]:
+                self.best = {"val_auroc": figures["val_auroc"], "best_epoch": epoch}
+                write_tensors(self.folder / _BEST, self.method.state_dict())
+            logger.info("epoch %d: loss %.4f, validation AUROC %.4f", epoch, mean["total"], figures["val_auroc"])
+        figures["seconds"] = time.perf_counter() - self._started
+        self._started = time.perf_counter()
+        try:
+            with (self.folder / "progress.jsonl").open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(figures) + "\n")
+        except OSError as err:
+            raise output_error(self.folder / "progress.jsonl", err) from err
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store which epoch was best so far."""
+        checkpoint["best"] = self.best
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore which epoch was best so far."""
+        self.best = checkpoint["best"]
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes each checkpoint whole or not at all; Lightning's own may be cut off where /tmp is on another disk."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Replace the file at `path`; an `OutputError` where it cannot be written."""
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        write_whole(Path(path), buffer.getvalue())
+
+
+def train_student(
+    method: Method, train: Manifest, held_out: Manifest, prepare: Preparation, folder: Path, config: FitConfig
+) -> dict[str, Any]:
+    """Run Lightning's loop, load the best weights into the method and return the best epoch and its figure."""
+    settings = config.training
+    rows = sorted(train.samples, key=lambda sample: sample.task)  # read task by task; sorting is stable
+    loader = training_loader(method, rows, prepare, settings, learns_from=METHODS[config.method.name].learns_from)
+    validate = Validation(method, train, held_out, prepare, config)
+    module = StudentTraining(method, validate, folder, config)
+    callbacks: list[Callback] = [ModelCheckpoint(folder, filename="last", enable_version_counter=False)]
+    if sys.stderr.isatty():
+        callbacks.append(RichProgressBar())
+    last = folder / "last.ckpt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's advice on loaders and loggers
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+        trainer = lightning.Trainer(
+            max_epochs=settings.epochs,
+            accelerator="gpu" if prepare.device == "cuda" else "cpu",
+            devices=1,
+            precision="bf16-mixed" if settings.precision == "bf16" else "32-true",
+            gradient_clip_val=settings.gradient_clip or None,
+            callbacks=callbacks,
+            plugins=WholeCheckpoints(),
+            logger=False,
+            use_distributed_sampler=False,
+            enable_progress_bar=sys.stderr.isatty(),
+            enable_model_summary=False,
+        )
+        try:
+            trainer.fit(module, loader, ckpt_path=last if last.is_file() else None, weights_only=True)
+        except SystemExit:  # Lightning's answer to Ctrl-C, which it ignores from then on
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            raise KeyboardInterrupt from None
+    method.load_state_dict(read_tensors(folder / _BEST))
+    return {**module.best, "best_epoch": int(module.best["best_epoch"])}
