@@ -62,7 +62,7 @@ def test_the_limit_counts_for_the_workers_of_later_calls(tmp_path):
     limit_decoded(64 * 64 * 8 / 2**30)
     read_image(path)
     limit_decoded((64 * 64 * 8 - 1) / 2**30)
-    with pytest.raises(ReadError, match="takes 3.05e-05 GiB decoded"):
+    with pytest.raises(ReadError, match=r"takes 3\.05e-05 GiB decoded"):
         read_image(path)
 
 
