@@ -20,7 +20,7 @@ from anatomaly.errors import AnatomalyError, ReadError
 
 MIN_SIDE = 8
 MAX_PIXELS = 2**28
-_CHATTY_LOGGERS = ("PIL", "tifffile", "pydicom", "nibabel.global")
+_CHATTY_LOGGERS = ("PIL", "tifffile", "pydicom", "nibabel.global", "imagecodecs")
 _SPACINGS = 1e-6, 1e4  # mm; beyond lies no pixel, only a damaged header
 
 
