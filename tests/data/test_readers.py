@@ -643,6 +643,35 @@ def test_every_sniffed_format_has_a_decoder():
     assert set(readers._MAGIC.values()) | {"bmp", "webp", "dicom", "nifti"} == set(readers._FORMATS)
 
 
+def test_a_thread_that_is_done_does_not_make_the_others_loud(capfd):
+    import logging
+    import threading
+
+    from anatomaly.data.decoding import reading
+
+    entered, leave = threading.Event(), threading.Event()
+
+    def other():
+        with reading("b"):
+            entered.set()
+            leave.wait(10)
+
+    chatty = [logging.getLogger(name) for name in ("pydicom", "pydicom.pixels.decoders.base", "PIL.Image")]
+    before = [(logger.disabled, logger.propagate, list(logger.handlers)) for logger in chatty]
+    thread = threading.Thread(target=other)
+    thread.start()
+    entered.wait(10)
+    with reading("a"):
+        pass
+    for logger in chatty:
+        logger.error("a word nobody asked for")
+    warnings.warn("nor this", stacklevel=1)
+    leave.set()
+    thread.join()
+    assert capfd.readouterr() == ("", "")
+    assert before == [(logger.disabled, logger.propagate, list(logger.handlers)) for logger in chatty]
+
+
 def test_importing_the_readers_imports_no_library():
     libraries = {"pydicom", "nibabel", "PIL", "torch", "tifffile"}
     code = f"import sys, anatomaly.data.transforms\nprint({libraries} & {{*sys.modules}} or 'none')"

@@ -83,7 +83,7 @@ def decode(path: Path, frame: int | None, apply_voi: bool) -> Decoded:
 
 def _coloured(stored: NDArray[Any], header: Dataset) -> NDArray[Any]:
     """(H, W) indices -> (H, W, 3) through the palette, which may be stored in segments."""
-    from pydicom.pixels import apply_color_lut
+    from pydicom.pixels.processing import apply_color_lut
 
     rgb: NDArray[Any] = apply_color_lut(stored, header)
     return rgb

@@ -36,8 +36,7 @@ def decoder_of(syntax: Any) -> Any:
     Raises:
         NotImplementedError: pydicom does not know the transfer syntax as one of images.
     """
-    from pydicom.pixels import get_decoder
-    from pydicom.pixels.decoders.base import Decoder
+    from pydicom.pixels.decoders.base import Decoder, get_decoder
 
     known = get_decoder(syntax)
     if not is_available(syntax):

@@ -178,7 +178,7 @@ def _parse(path: Path, _modified_ns: int, size: int) -> Source:
         if syntax.is_deflated:  # pydicom has inflated it into memory of its own
             _take_defaults(header, "PixelData", _UNDEFINED)
             return Source(header, syntax, "PixelData", "OW", 0, _UNDEFINED, None, size)
-        keyword, vr, length = _pixel_element(file.read(12), little=little)
+        keyword, vr, length = _pixel_element(file.read(12), little=bool(little))
         start = file.tell() if vr else file.tell() - 4
         _take_defaults(header, keyword, length)
         source = Source(header, syntax, keyword, vr or "OW", start, length, None, size)

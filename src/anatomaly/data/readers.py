@@ -210,7 +210,7 @@ def _open_picture(path: Path) -> ImageFile:
     """Open with Pillow's plugin itself: `PIL.Image.open` would add its own, smaller pixel limit."""
     from PIL import BmpImagePlugin, GifImagePlugin, Jpeg2KImagePlugin, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
-    plugins = {
+    plugins: dict[str, Callable[[Path], ImageFile]] = {
         "png": PngImagePlugin.PngImageFile,
         "jpeg": JpegImagePlugin.JpegImageFile,
         "bmp": BmpImagePlugin.BmpImageFile,
