@@ -175,6 +175,8 @@ def _parse(path: Path, _modified_ns: int, size: int) -> Source:
             big = pydicom.uid.ExplicitVRLittleEndian if little else pydicom.uid.ExplicitVRBigEndian
             syntax = pydicom.uid.ImplicitVRLittleEndian if implicit else big
         syntax = pydicom.uid.UID(str(syntax))
+        if not syntax.is_valid:
+            raise ReadError("has a TransferSyntaxUID that is no UID. It is corrupt: export it again.")
         if syntax.is_deflated:  # pydicom has inflated it into memory of its own
             _take_defaults(header, "PixelData", _UNDEFINED)
             return Source(header, syntax, "PixelData", "OW", 0, _UNDEFINED, None, size)
