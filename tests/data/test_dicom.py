@@ -627,6 +627,21 @@ def test_no_message_or_header_holds_the_patient(tmp_path):
     assert "PatientName" not in open_source(path).header
 
 
+@pytest.mark.filterwarnings("ignore:Invalid value")
+@pytest.mark.parametrize("keyword", ["SOPClassUID", "PhotometricInterpretation", "NumberOfFrames"])
+def test_a_value_that_spills_into_another_is_not_printed(tmp_path, keyword):
+    ds = dataset(TWELVE_BIT)
+    vr = "UI" if keyword == "SOPClassUID" else "LO"
+    ds[keyword] = pydicom.DataElement(keyword, vr, "Secret^Person\nof ward 3", validation_mode=0)
+    if keyword == "SOPClassUID":
+        del ds.Rows
+    path = save(tmp_path / "a.dcm", ds)
+    with pytest.raises(ReadError) as excinfo:
+        read_image(path)
+    assert "Secret" not in str(excinfo.value)
+    assert "\n" not in str(excinfo.value)
+
+
 def test_a_dicom_mask(tmp_path):
     lesion = np.zeros((24, 18), np.uint8)
     lesion[4:9, 3:7] = 1

@@ -421,6 +421,14 @@ def test_nan_in_a_mask_is_no_lesion(tmp_path):
     np.testing.assert_array_equal(read_mask(tmp_path / "a.tif"), mask == 1)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    for function in (read_image, count_frames, sniff_format):
+        with pytest.raises(ReadError, match=r"a\.png: is a pipe or a device, expected a file"):
+            function(tmp_path / "a.png")
+
+
 def test_a_constant_image_is_fine(tmp_path):
     assert (read_image(save(tmp_path / "a.png", np.full((9, 9), 5, np.uint8))).pixels == 5).all()
 
@@ -628,6 +636,35 @@ def test_missing_extras_are_named(tmp_path, monkeypatch, decoding_here):
 
 def test_every_sniffed_format_has_a_decoder():
     assert set(readers._MAGIC.values()) | {"bmp", "webp", "dicom", "nifti"} == set(readers._FORMATS)
+
+
+def test_a_thread_that_is_done_does_not_make_the_others_loud(capfd):
+    import logging
+    import threading
+
+    from anatomaly.data.decoding import reading
+
+    entered, leave = threading.Event(), threading.Event()
+
+    def other():
+        with reading("b"):
+            entered.set()
+            leave.wait(10)
+
+    chatty = [logging.getLogger(name) for name in ("pydicom", "pydicom.pixels.decoders.base", "PIL.Image")]
+    before = [(logger.disabled, logger.propagate, list(logger.handlers)) for logger in chatty]
+    thread = threading.Thread(target=other)
+    thread.start()
+    entered.wait(10)
+    with reading("a"):
+        pass
+    for logger in chatty:
+        logger.error("a word nobody asked for")
+    warnings.warn("nor this", stacklevel=1)
+    leave.set()
+    thread.join()
+    assert capfd.readouterr() == ("", "")
+    assert before == [(logger.disabled, logger.propagate, list(logger.handlers)) for logger in chatty]
 
 
 def test_importing_the_readers_imports_no_library():

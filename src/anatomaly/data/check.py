@@ -25,6 +25,7 @@ from anatomaly.types import Image, Sample, Split
 NEAR_SIMILARITY = 0.9
 
 _GRID = 32  # cells per side of the thumbnail the edges are taken from
+_LARGE = 1e15  # squares of larger pixels overflow float32
 _CHUNK = 1024  # rows of the similarity matrix held at once
 _AHEAD = 8  # images read ahead of the one being looked at
 _LISTED = 10  # findings of one kind the text report prints
@@ -224,7 +225,9 @@ def edge_signature(image: Image) -> NDArray[np.float32]:
     """
     import PIL.Image
 
-    gray = image.pixels.mean(axis=0)
+    peak = max(1.0, float(np.abs(image.pixels).max()))
+    pixels = image.pixels if peak < _LARGE else image.pixels / np.float32(peak)  # edges have no unit
+    gray = pixels.mean(axis=0)
     small = np.asarray(PIL.Image.fromarray(gray).resize((_GRID, _GRID), PIL.Image.Resampling.BOX))
     edges = np.concatenate([np.diff(small, axis=0).ravel(), np.diff(small, axis=1).ravel()])
     limit = np.abs(edges).mean()

@@ -24,7 +24,7 @@ MAX_DECODED_GIB = 1.0
 _BYTES_PER_VALUE = 8  # as read and as shown, both float32
 
 _max_decoded = int(MAX_DECODED_GIB * 2**30)
-_CHATTY_LOGGERS = ("PIL", "tifffile", "pydicom", "nibabel.global")
+_CHATTY_LOGGERS = ("PIL", "tifffile", "pydicom", "nibabel.global", "imagecodecs")
 _SPACINGS = 1e-6, 1e4  # mm; beyond lies no pixel, only a damaged header
 
 

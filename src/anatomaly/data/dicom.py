@@ -6,6 +6,8 @@ around in tables of 8-bit entries, refuses 12-bit modality tables and inverts th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,18 +16,33 @@ from numpy.typing import NDArray
 
 from anatomaly.data.decoding import Decoded, check_size, pick_frame, usable_spacing
 from anatomaly.data.dicom_source import COLOUR, open_source, stored_pixels
-from anatomaly.errors import ReadError
+from anatomaly.errors import AnatomalyError, ReadError
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
+_OTHER_PHOTOMETRIC = ("HSV", "ARGB", "CMYK", "YBR_PARTIAL_422", "YBR_PARTIAL_420", "XYB")  # names safe to print
 #: Functional groups of enhanced multi-frame objects that hold, per frame, what other objects hold at the top.
 _FRAME_GROUPS = ("PixelValueTransformationSequence", "FrameVOILUTSequence", "PixelMeasuresSequence")
 
 
 def count_frames(path: Path) -> int:
     """NumberOfFrames, 1 where the file does not say."""
-    return open_source(path).frames
+    with _no_values_in_messages():
+        return open_source(path).frames
+
+
+@contextmanager
+def _no_values_in_messages() -> Iterator[None]:
+    """Pydicom's errors quote the value they stumble over, which in a damaged header may be a patient's name."""
+    try:
+        yield
+    except (AnatomalyError, MemoryError, OSError):
+        raise
+    except Exception as err:
+        raise ReadError(
+            f"has a header that cannot be read ({type(err).__name__}). It is corrupt or truncated: export it again."
+        ) from err
 
 
 def decode(path: Path, frame: int | None, apply_voi: bool) -> Decoded:
@@ -48,10 +65,17 @@ def decode(path: Path, frame: int | None, apply_voi: bool) -> Decoded:
         ReadError: No image inside, no such frame, no decoder for the transfer syntax, broken pixel data.
         NotReadyError: pydicom is not installed.
     """
+    with _no_values_in_messages():
+        return _decode(path, frame, apply_voi)
+
+
+def _decode(path: Path, frame: int | None, apply_voi: bool) -> Decoded:
     source = open_source(path)
     header = source.header
     if not (header.get("Rows") and header.get("Columns")):
-        kind = getattr(header.get("SOPClassUID"), "name", "unknown kind")
+        uid = header.get("SOPClassUID")
+        name = getattr(uid, "name", uid)
+        kind = "unknown kind" if name == uid else name
         raise ReadError(
             f"is a DICOM object without an image ({kind}), expected one with Rows and Columns. "
             "Leave it out, or export it again if it should hold one."
@@ -62,7 +86,8 @@ def decode(path: Path, frame: int | None, apply_voi: bool) -> Decoded:
     index = pick_frame(frame, count)
     photometric, samples = header.PhotometricInterpretation, int(header.SamplesPerPixel)
     if photometric not in {"MONOCHROME1", "MONOCHROME2", "PALETTE COLOR"} | COLOUR:
-        raise ReadError(f"has PhotometricInterpretation {photometric!r}, expected a grey, RGB, YBR or palette image.")
+        known = photometric if str(photometric) in _OTHER_PHOTOMETRIC else "of an unknown kind"
+        raise ReadError(f"has PhotometricInterpretation {known}, expected a grey, RGB, YBR or palette image.")
     if samples != (3 if photometric in COLOUR else 1):
         raise ReadError(f"has {samples} samples per pixel, which does not fit {photometric}. Export it again.")
     stored = stored_pixels(path, source, index)
@@ -84,7 +109,7 @@ def decode(path: Path, frame: int | None, apply_voi: bool) -> Decoded:
 
 def _coloured(stored: NDArray[Any], header: Dataset) -> NDArray[Any]:
     """(H, W) indices -> (H, W, 3) through the palette, which may be stored in segments."""
-    from pydicom.pixels import apply_color_lut
+    from pydicom.pixels.processing import apply_color_lut
 
     rgb: NDArray[Any] = apply_color_lut(stored, header)
     return rgb

@@ -36,8 +36,7 @@ def decoder_of(syntax: Any) -> Any:
     Raises:
         NotImplementedError: pydicom does not know the transfer syntax as one of images.
     """
-    from pydicom.pixels import get_decoder
-    from pydicom.pixels.decoders.base import Decoder
+    from pydicom.pixels.decoders.base import Decoder, get_decoder
 
     known = get_decoder(syntax)
     if not is_available(syntax):
@@ -68,12 +67,11 @@ def decode_frame(src: bytes, runner: Any) -> bytes:
     import imagecodecs
 
     samples = runner.samples_per_pixel
-    if _END not in src[-_TAIL:]:  # libjpeg would fill the rest with grey, CharLS may look for it for a quarter minute
+    if _END not in src[-_TAIL:]:  # libjpeg would fill the rest with grey, CharLS search on in memory that is not ours
         raise ValueError("the frame has no end marker")
     if runner.transfer_syntax in _JPEG_LS:
         frame = imagecodecs.jpegls_decode(src)
-    else:
-        # the same colour space in and out: pydicom converts
+    else:  # the same colour space in and out: pydicom converts
         colours = "RGB" if samples > 1 else "GRAYSCALE"
         frame = imagecodecs.jpeg8_decode(src, colorspace=colours, outcolorspace=colours)
     expected = (runner.rows, runner.columns, *((samples,) if samples > 1 else ()))

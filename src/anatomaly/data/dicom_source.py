@@ -175,10 +175,12 @@ def _parse(path: Path, _modified_ns: int, size: int) -> Source:
             big = pydicom.uid.ExplicitVRLittleEndian if little else pydicom.uid.ExplicitVRBigEndian
             syntax = pydicom.uid.ImplicitVRLittleEndian if implicit else big
         syntax = pydicom.uid.UID(str(syntax))
+        if not syntax.is_valid:
+            raise ReadError("has a TransferSyntaxUID that is no UID. It is corrupt: export it again.")
         if syntax.is_deflated:  # pydicom has inflated it into memory of its own
             _take_defaults(header, "PixelData", _UNDEFINED)
             return Source(header, syntax, "PixelData", "OW", 0, _UNDEFINED, None, size)
-        keyword, vr, length = _pixel_element(file.read(12), little=little)
+        keyword, vr, length = _pixel_element(file.read(12), little=bool(little))
         start = file.tell() if vr else file.tell() - 4
         _take_defaults(header, keyword, length)
         source = Source(header, syntax, keyword, vr or "OW", start, length, None, size)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import stat
 import struct
 import zlib
 from collections.abc import Callable, Sequence
@@ -217,6 +218,9 @@ def _decode(path: Path, frame: int | None, apply_voi: bool) -> Decoded:
 
 
 def _sniff(path: Path) -> str | None:
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a pipe would wait for somebody to write to it
+        raise ReadError("is a pipe or a device, expected a file. Leave it out.")
     with path.open("rb") as file:
         head = file.read(352)
     if head[128:132] == b"DICM":  # first: a DICOM preamble may look like a TIFF
@@ -265,7 +269,7 @@ def _open_picture(path: Path) -> ImageFile:
     """Open with Pillow's plugin itself: `PIL.Image.open` would add its own, smaller pixel limit."""
     from PIL import BmpImagePlugin, GifImagePlugin, Jpeg2KImagePlugin, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
-    plugins = {
+    plugins: dict[str, Callable[[Path], ImageFile]] = {
         "png": PngImagePlugin.PngImageFile,
         "jpeg": JpegImagePlugin.JpegImageFile,
         "bmp": BmpImagePlugin.BmpImageFile,
