@@ -1,6 +1,7 @@
 """Every file is written here by Pillow, tifffile, pydicom or nibabel and read back against the array that went in."""
 
 import hashlib
+import os
 import struct
 import subprocess
 import sys
