@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from anatomaly._version import __version__
 from anatomaly.commands import audit, benchmark, calibrate, data, demo, evaluate, explain, export, fit, predict, release
 from anatomaly.commands.console import fail, instantiated, never_fail_to_print
+from anatomaly.data.decoding import MAX_DECODED_GIB, limit_decoded
 from anatomaly.errors import AnatomalyError, ConfigError
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from jsonargparse import ArgumentParser, Namespace
 
+_WITHOUT_IMAGES = ("demo", "data phantom", "data list", "export", "import d24fad", "import pdd")
 _CANNOT_WRITE = (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT, errno.EFBIG)
 
 
@@ -90,6 +92,13 @@ def _parse(name: str, words: Sequence[str]) -> Namespace:
     parser = ArgumentParser(prog=f"anatomaly {name}", description=command.help, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("-c", "--config", action="config", help="YAML file with these settings; flags after it win.")
     command.arguments(parser)
+    if name not in _WITHOUT_IMAGES:
+        parser.add_argument(
+            "--max_decoded_gib",
+            type=float,
+            default=MAX_DECODED_GIB,
+            help="Refuse files that take more memory, decoded.",
+        )
     try:
         if command.layered:
             from anatomaly.commands.settings import parse_layered
@@ -99,6 +108,8 @@ def _parse(name: str, words: Sequence[str]) -> Namespace:
             options = instantiated(parser, parser.parse_args(words))
         if preset := options.get("preset"):  # from a file, where what it should give way to cannot be told
             raise ConfigError(f"{name}: a preset cannot be named in a file. Give it as a flag: --preset {preset}.")
+        if name not in _WITHOUT_IMAGES:
+            limit_decoded(options.max_decoded_gib)
         return options
     except ArgumentError as err:
         message = _plain(str(err))

@@ -36,6 +36,7 @@ class Image:
         path: The file.
         frame: 0-based frame of a multi-frame file or slice of a volume; None for a plain 2-D file.
         sha256: Hex digest of the whole file.
+        note: What to know about the pixels, such as NaN ones that got a value, or None.
     """
 
     pixels: NDArray[np.float32]
@@ -45,6 +46,7 @@ class Image:
     frame: int | None = None
     invert: bool = False
     spacing: tuple[float, float] | None = None
+    note: str | None = None
 
     @property
     def size(self) -> tuple[int, int]:

@@ -61,6 +61,28 @@ def test_a_sound_data_set_has_counts_and_no_findings(rows):
     assert format_report(report).splitlines()[-1] == "ok"
 
 
+def test_a_window_that_cannot_be_used_is_reported_as_predict_reports_it(tmp_path):
+    pydicom = pytest.importorskip("pydicom")
+    source = pydicom.dcmread(pydicom.data.get_testdata_file("MR_small.dcm", download=False))
+
+    paths = [tmp_path / f"{i}.dcm" for i in range(2)]
+    for width, path in enumerate(paths):
+        source.WindowWidth = width
+        source.save_as(path)
+    report = check([Sample(path, "brain", "test", 0) for path in paths])
+    note = "its own window of width 0 cannot be used: shown in the range the file declares"
+    assert report.ok
+    assert report.notes == (("brain/test/0.dcm", note),)
+    assert f"1 images: {note}" in report.warnings
+    assert f"warning: 1 images: {note}" in format_report(report)
+
+
+def test_huge_pixels_have_edges_too():
+    picture = smooth(1)
+    plain, huge = edge_signature(as_image(picture)), edge_signature(as_image(picture * 1e36))
+    np.testing.assert_allclose(huge, plain, atol=1e-5)
+
+
 def test_a_patient_in_two_splits_is_an_error_and_is_never_named(rows):
     rows[3] = changed(rows[3], patient_id="Doe^0")
     report = check(rows)

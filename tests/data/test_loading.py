@@ -1,6 +1,7 @@
 """Images arrive in order, a little ahead of who uses them, and a broken file breaks nothing else."""
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -99,3 +100,37 @@ def test_a_defect_of_ours_is_not_taken_for_a_bad_file(samples, monkeypatch):
 def test_no_rows_give_no_batches():
     assert list(load_batches([], SMALL, batch_size=4)) == []
     assert list(load_batches(iter(()), SMALL, batch_size=1)) == []
+
+
+def test_large_images_make_short_batches_and_wait_in_bounded_memory(samples, monkeypatch):
+    """What was read and not yet taken, and what is being read, never takes more than the bound and one image."""
+    monkeypatch.setattr(loading, "WORKERS", 4)
+    one = SMALL.size[0] * SMALL.size[1] * 3 * 4 + 16 * 12 * 4
+    monkeypatch.setattr(loading, "MAX_BYTES", 3 * one)
+    begun, lock = [], threading.Lock()
+
+    def counted(sample, preprocessing):
+        with lock:
+            begun.append(sample)
+        return load(sample, preprocessing)
+
+    monkeypatch.setattr(loading, "load", counted)
+    taken = 0
+    for batch in load_batches(samples, SMALL, batch_size=8):
+        assert len(batch) == min(3, 11 - taken)
+        taken += len(batch)
+        time.sleep(0.2)  # whoever wants to read on may do so
+        assert len(begun) <= max(taken + 3, 4 + 1)
+    assert taken == 11
+
+
+def test_a_single_image_beyond_the_bound_is_read_all_the_same(samples, monkeypatch):
+    monkeypatch.setattr(loading, "MAX_BYTES", 1)
+    assert [len(batch) for batch in load_batches(samples, SMALL, batch_size=8)] == [1] * 11
+
+
+def test_the_pixels_as_read_are_not_kept(samples):
+    ((item,),) = load_batches(samples[:1], SMALL, batch_size=1)
+    assert item.prepared.image.size == (16, 12)
+    assert np.isnan(item.prepared.image.pixels).all()
+    assert item.prepared.image.pixels.base.nbytes == 4

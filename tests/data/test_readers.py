@@ -1,6 +1,7 @@
 """Every file is written here by Pillow, tifffile, pydicom or nibabel and read back against the array that went in."""
 
 import hashlib
+import os
 import struct
 import subprocess
 import sys
@@ -126,6 +127,78 @@ def test_orientation_is_applied_as_pillow_shows_it(tmp_path, suffix, orientation
     np.testing.assert_array_equal(read_image(path).pixels[0], shown)
 
 
+@pytest.mark.parametrize("orientation", [0, 9, 255])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif"])
+def test_an_undefined_orientation_is_as_stored(tmp_path, suffix, orientation):
+    exif = Pillow.Exif()
+    exif[274] = orientation
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "tif":
+        tifffile.imwrite(path, GREY8, extratags=[(274, 3, 1, orientation, True)])
+    else:
+        Pillow.fromarray(GREY8).save(path, exif=exif, **({"quality": 100} if suffix == "jpg" else {"lossless": True}))
+    shown = read_image(path).pixels[0]
+    assert shown.shape == GREY8.shape
+    np.testing.assert_allclose(shown, GREY8, atol=4 if suffix == "jpg" else 0)
+
+
+def test_a_damaged_exif_block_does_not_cost_the_image(tmp_path):
+    path = save(tmp_path / "a.png", GREY8, exif=b"Exif\0\0XX*\0\xff\xff\xff\xff")
+    np.testing.assert_array_equal(read_image(path).pixels[0], GREY8)
+
+
+# BMP, GIF, WebP and JPEG 2000
+
+
+@pytest.mark.parametrize("suffix", ["bmp", "gif", "webp", "jp2", "j2k"])
+def test_other_formats_of_8_bits(tmp_path, suffix):
+    lossless = {"webp": {"lossless": True}}.get(suffix, {})
+    path = save(tmp_path / f"a.{suffix}", RGB8 if suffix != "gif" else GREY8, **lossless).rename(tmp_path / "image")
+    assert sniff_format(path) == {"jp2": "jpeg2000", "j2k": "jpeg2000"}.get(suffix, suffix)
+    image = read_image(path)
+    np.testing.assert_array_equal(
+        image.pixels, GREY8[None].repeat(3, 0) if suffix == "gif" else RGB8.transpose(2, 0, 1)
+    )
+    assert (image.value_range, image.frame, count_frames(path)) == ((0, 255), None, 1)
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(ReadError) as excinfo:
+        read_image(path)
+    one_line(excinfo, path)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp"])
+def test_frames_of_an_animation(tmp_path, suffix):
+    pictures = [Pillow.fromarray(GREY8 // n) for n in (1, 2, 3)]
+    pictures[0].save(tmp_path / "a", suffix, save_all=True, append_images=pictures[1:], lossless=True)
+    assert count_frames(tmp_path / "a") == 3
+    np.testing.assert_array_equal(read_image(tmp_path / "a", frame=2).pixels[0], GREY8 // 3)
+    with pytest.raises(ReadError, match="holds 3 images, expected one"):
+        read_image(tmp_path / "a")
+
+
+@pytest.mark.parametrize("container", ["jp2", "j2k"])
+@pytest.mark.parametrize(("bits", "channels"), [(12, 1), (16, 1), (16, 3)])
+def test_deep_jpeg_2000_keeps_its_bits_and_their_range(tmp_path, container, bits, channels):
+    imagecodecs = pytest.importorskip("imagecodecs")
+    pixels = RNG.integers(0, 2**bits, (20, 31, channels)).astype(np.uint16)
+    stored = pixels if channels > 1 else pixels[..., 0]
+    encoded = imagecodecs.jpeg2k_encode(
+        stored, level=0, reversible=True, bitspersample=bits, codecformat=container, mct=False
+    )
+    (tmp_path / "a").write_bytes(encoded)
+    image = read_image(tmp_path / "a")
+    np.testing.assert_array_equal(image.pixels, pixels.transpose(2, 0, 1))
+    assert image.value_range == (0, 2**bits - 1)
+    (tmp_path / "a").write_bytes(encoded[: len(encoded) // 2])
+    with pytest.raises(ReadError):
+        read_image(tmp_path / "a")
+
+
+def test_a_text_that_begins_with_bm_is_no_bmp(tmp_path):
+    (tmp_path / "a").write_text("BMI of all patients, by year and ward\n" * 9)
+    assert sniff_format(tmp_path / "a") is None
+
+
 def test_a_plain_picture_has_frame_0_only(tmp_path):
     path = save(tmp_path / "a.png", GREY8)
     assert count_frames(path) == 1
@@ -233,7 +306,11 @@ def test_tiffs_that_are_not_images(tmp_path, pixels, options, reason):
     ("name", "content", "reason"),
     [
         ("empty.dcm", b"", "is empty (0 bytes)"),
-        ("note.png", b"not an image\n" * 50, "is not a PNG, JPEG, TIFF, DICOM or NIfTI file by its first bytes"),
+        (
+            "note.png",
+            b"not an image\n" * 50,
+            "is not a PNG, JPEG, TIFF, BMP, GIF, WebP, JPEG 2000, DICOM or NIfTI file by its first bytes",
+        ),
         ("short.png", b"\x89PNG\r\n\x1a\n", "cannot be decoded"),
         ("short.jpg", b"\xff\xd8\xff", "cannot be decoded"),
         ("short.tif", b"II*\0", "cannot be decoded"),
@@ -312,7 +389,7 @@ def test_huge_images_are_refused_before_decoding(tmp_path):
         read_image(tmp_path / "a.tif")
 
 
-def test_an_image_beyond_pillows_own_limit_is_read_if_it_is_within_ours(tmp_path, monkeypatch):
+def test_an_image_beyond_pillows_own_limit_is_read_if_it_is_within_ours(tmp_path, monkeypatch, decoding_here):
     monkeypatch.setattr(Pillow, "MAX_IMAGE_PIXELS", 100)
     np.testing.assert_array_equal(read_image(save(tmp_path / "a.png", GREY8)).pixels[0], GREY8)
 
@@ -323,13 +400,34 @@ def test_tiny_images_are_refused(tmp_path, shape):
         read_image(save(tmp_path / "a.png", np.zeros(shape, np.uint8)))
 
 
-def test_non_finite_pixels_are_counted(tmp_path):
-    pixels = np.ones((10, 10), np.float64)
-    pixels[0, :3] = np.nan, np.inf, 1e300
+def test_pixels_that_are_no_numbers_get_a_value(tmp_path):
+    pixels = np.linspace(-3, 5, 100).reshape(10, 10)
+    pixels[0, :5] = np.nan, np.inf, -np.inf, 1e300, np.nan
     tifffile.imwrite(tmp_path / "a.tif", pixels)
+    image = read_image(tmp_path / "a.tif")
+    lowest, highest = np.float32(pixels[0, 5]), np.float32(5)
+    np.testing.assert_array_equal(image.pixels[0, 0, :5], [lowest, highest, lowest, highest, lowest])
+    np.testing.assert_array_equal(image.pixels[0, 1:], pixels[1:].astype(np.float32))
+    assert "NaN pixels were taken as the lowest value" in image.note
+    tifffile.imwrite(tmp_path / "a.tif", np.where(np.isfinite(pixels), np.nan, pixels))
     with pytest.raises(ReadError) as excinfo:
         read_image(tmp_path / "a.tif")
-    assert "3 of 100 pixels are NaN or infinite" in one_line(excinfo, tmp_path / "a.tif")
+    assert "100 of 100 pixels are NaN or infinite" in one_line(excinfo, tmp_path / "a.tif")
+
+
+def test_nan_in_a_mask_is_no_lesion(tmp_path):
+    mask = np.full((10, 10), np.nan, np.float32)
+    mask[2:4, 2:5] = 1
+    tifffile.imwrite(tmp_path / "a.tif", mask)
+    np.testing.assert_array_equal(read_mask(tmp_path / "a.tif"), mask == 1)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    for function in (read_image, count_frames, sniff_format):
+        with pytest.raises(ReadError, match=r"a\.png: is a pipe or a device, expected a file"):
+            function(tmp_path / "a.png")
 
 
 def test_a_constant_image_is_fine(tmp_path):
@@ -424,6 +522,69 @@ def test_nifti_slices_do_not_depend_on_the_stored_axes(tmp_path, codes):
     assert image.spacing == (3.0, 2.0)
 
 
+@pytest.mark.parametrize(("slope", "inter", "expected"), [(0, 7, 10), (np.nan, 7, 10), (2, np.nan, 20), (2, 5, 25)])
+def test_nifti_scaling_that_is_not_set_is_none(tmp_path, slope, inter, expected):
+    path = save_nifti(tmp_path / "v.nii", np.full((9, 9, 2), 10, np.int16))
+    raw = bytearray(path.read_bytes())
+    raw[112:120] = struct.pack("<2f", slope, inter)
+    path.write_bytes(raw)
+    np.testing.assert_array_equal(read_image(path, frame=1).pixels, np.full((1, 9, 9), expected))
+
+
+@pytest.mark.parametrize(
+    ("size", "spacing"), [(np.nan, None), (np.inf, None), (1e30, None), (0, (3.0, 1.0)), (-2, (3.0, 2.0))]
+)
+def test_a_voxel_size_that_is_no_length_is_unknown(tmp_path, size, spacing):
+    path = save_nifti(tmp_path / "v.nii", np.zeros((9, 9, 2), np.int16))
+    raw = bytearray(path.read_bytes())
+    raw[80:84] = struct.pack("<f", size)
+    path.write_bytes(raw)
+    assert read_image(path, frame=0).spacing == spacing
+
+
+def test_nan_voxels_take_the_lowest_value_of_the_volume(tmp_path):
+    voxels = RNG.uniform(5, 9, (10, 12, 3)).astype(np.float32)
+    voxels[1, 2, 2] = 4  # the lowest, in another slice
+    voxels[:3, :, 1] = np.nan
+    voxels[4, 4, 1] = np.inf
+    voxels[:, :, 0] = np.nan
+    path = save_nifti(tmp_path / "v.nii.gz", voxels)
+    image = read_image(path, frame=1)
+    expected = voxels[:, :, 1].copy()
+    expected[:3], expected[4, 4] = 4, voxels[np.isfinite(voxels)].max()
+    np.testing.assert_array_equal(image.pixels[0], expected.T[::-1])
+    assert "NaN" in image.note
+    assert read_image(path, frame=2).note is None
+    with pytest.raises(ReadError, match="120 of 120 pixels are NaN or infinite, so there is nothing to judge"):
+        read_image(path, frame=0)
+
+
+@pytest.mark.parametrize("thick", [1, 3])
+@pytest.mark.parametrize("plane", ["sagittal", "coronal"])
+@pytest.mark.parametrize("codes", ["RAS", "ASR", "LPI"])
+def test_a_thin_volume_is_cut_where_it_is_thin(tmp_path, plane, thick, codes):
+    nibabel = pytest.importorskip("nibabel")
+    from anatomaly.data.volumes import write_volume
+
+    shape = (thick, 11, 10) if plane == "sagittal" else (11, thick, 10)
+    voxels = RNG.normal(size=shape).astype(np.float32)
+    reference = nibabel.Nifti1Image(voxels, np.diag([2.0, 3.0, 4.0, 1.0]))
+    turn = nibabel.orientations.ornt_transform(
+        nibabel.io_orientation(reference.affine), nibabel.orientations.axcodes2ornt(codes)
+    )
+    stored = reference.as_reoriented(turn)
+    nibabel.save(stored, tmp_path / "v.nii.gz")
+    path = tmp_path / "v.nii.gz"
+    assert count_frames(path) == thick
+    last = read_image(path, frame=thick - 1)
+    expected = voxels[-1] if plane == "sagittal" else voxels[:, -1]  # (columns, z)
+    np.testing.assert_array_equal(last.pixels[0], expected.T[::-1])
+    assert last.spacing == ((4.0, 3.0) if plane == "sagittal" else (4.0, 2.0))
+    maps = {k: read_image(path, frame=k).pixels[0] for k in range(thick)}
+    write_volume(maps, path, tmp_path / "out.nii.gz")
+    np.testing.assert_array_equal(nibabel.load(tmp_path / "out.nii.gz").get_fdata(), stored.get_fdata())
+
+
 def test_niftis_that_are_not_one_grey_volume(tmp_path):
     path = save_nifti(tmp_path / "v.nii.gz", np.zeros((9, 9, 9, 3), np.float32))
     for function in (read_image, count_frames):
@@ -463,7 +624,7 @@ def test_a_damaged_gzip_stream_is_noticed(tmp_path):
         read_image(path, frame=0)
 
 
-def test_missing_extras_are_named(tmp_path, monkeypatch):
+def test_missing_extras_are_named(tmp_path, monkeypatch, decoding_here):
     volume = save_nifti(tmp_path / "v.nii", np.zeros((9, 9, 9), np.float32))
     (tmp_path / "a.dcm").write_bytes(bytes(128) + b"DICM")
     for module in ("nibabel", "pydicom", "pydicom.pixels"):
@@ -475,7 +636,36 @@ def test_missing_extras_are_named(tmp_path, monkeypatch):
 
 
 def test_every_sniffed_format_has_a_decoder():
-    assert set(readers._MAGIC.values()) | {"dicom", "nifti"} == set(readers._FORMATS)
+    assert set(readers._MAGIC.values()) | {"bmp", "webp", "dicom", "nifti"} == set(readers._FORMATS)
+
+
+def test_a_thread_that_is_done_does_not_make_the_others_loud(capfd):
+    import logging
+    import threading
+
+    from anatomaly.data.decoding import reading
+
+    entered, leave = threading.Event(), threading.Event()
+
+    def other():
+        with reading("b"):
+            entered.set()
+            leave.wait(10)
+
+    chatty = [logging.getLogger(name) for name in ("pydicom", "pydicom.pixels.decoders.base", "PIL.Image")]
+    before = [(logger.disabled, logger.propagate, list(logger.handlers)) for logger in chatty]
+    thread = threading.Thread(target=other)
+    thread.start()
+    entered.wait(10)
+    with reading("a"):
+        pass
+    for logger in chatty:
+        logger.error("a word nobody asked for")
+    warnings.warn("nor this", stacklevel=1)
+    leave.set()
+    thread.join()
+    assert capfd.readouterr() == ("", "")
+    assert before == [(logger.disabled, logger.propagate, list(logger.handlers)) for logger in chatty]
 
 
 def test_importing_the_readers_imports_no_library():

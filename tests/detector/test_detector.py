@@ -257,6 +257,22 @@ def test_a_query_that_is_a_support_is_scored_and_marked(detector, supports, test
     assert first.sha256 == detector.bank.sha256[1]
 
 
+def test_what_the_reader_did_to_an_image_is_noted_with_its_verdict(detector, supports, tmp_path):
+    import tifffile
+
+    pixels = noise(3, 40, 40).astype(np.float32)
+    pixels[:5] = np.nan
+    tifffile.imwrite(tmp_path / "a.tif", pixels)
+    detector.set_support([tmp_path / "a.tif", supports[0]], intensity=Intensity("range", 0, 255))
+    whole, holed = detector.predict([supports[1], tmp_path / "a.tif"])
+    assert whole.note is None
+    assert holed.note == (
+        "its NaN pixels were taken as the lowest value, infinite ones as the nearest; "
+        "one of the support images: compared with itself"
+    )
+    assert np.isfinite(holed.score)
+
+
 def test_rows_keep_what_the_manifest_says_and_paths_get_the_task(detector, supports, tests):
     detector.set_support(supports[:1])
     assert [prediction.sample for prediction in detector.predict(tests)] == list(tests)

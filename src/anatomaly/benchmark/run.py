@@ -19,6 +19,7 @@ from anatomaly._version import __version__
 from anatomaly.benchmark.cost import Cost
 from anatomaly.benchmark.grid import Cell, Entry, Grid, keys_of, settings_of, support_lists_of, supports_of
 from anatomaly.config import differences, with_later_settings
+from anatomaly.data.decoding import MAX_DECODED_GIB, decoded_limit, limit_decoded
 from anatomaly.errors import AnatomalyError, ConfigError
 from anatomaly.evaluation.protocols import (
     leave_one_task_out,
@@ -79,7 +80,8 @@ def run_grid(
     if lists:
         write_support_lists(lists, out / "supports.json")
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=(jobs,)) as pool:
+    start = (jobs, decoded_limit())
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=start) as pool:
         waiting: dict[Future[None], tuple[str, list[Cell]]] = {}
 
         def submit(cell: Cell) -> None:
@@ -138,10 +140,11 @@ def _finished(folder: Path, key: Mapping[str, Any]) -> bool:
     )
 
 
-def _start_worker(jobs: int) -> None:
-    """Share out the cores, or what OMP_NUM_THREADS leaves of them."""
+def _start_worker(jobs: int, max_decoded_gib: float = MAX_DECODED_GIB) -> None:
+    """Share out the cores, or what OMP_NUM_THREADS leaves of them, and pass on the limit of decoded files."""
     import torch
 
+    limit_decoded(max_decoded_gib)
     torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)

@@ -6,16 +6,19 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import combinations
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from anatomaly.data.listing import LeftOut, describe
+from anatomaly.data.loading import read_ahead
 from anatomaly.data.manifest import Manifest
-from anatomaly.data.readers import read_image, read_mask_of, sniff_format
-from anatomaly.data.transforms import load, needs_voi
+from anatomaly.data.readers import read_image, read_mask_of
+from anatomaly.data.transforms import load
 from anatomaly.errors import ReadError
 from anatomaly.types import Image, Intensity, Preprocessing, Sample, Split
 
@@ -24,7 +27,9 @@ from anatomaly.types import Image, Intensity, Preprocessing, Sample, Split
 NEAR_SIMILARITY = 0.9
 
 _GRID = 32  # cells per side of the thumbnail the edges are taken from
+_LARGE = 1e15  # squares of larger pixels overflow float32
 _CHUNK = 1024  # rows of the similarity matrix held at once
+_AHEAD = 8  # images read ahead of the one being looked at
 _LISTED = 10  # findings of one kind the text report prints
 _LABEL_WORDS = {0: "normal", 1: "anomalous", None: "unknown"}
 
@@ -111,6 +116,7 @@ class CheckReport:
         near_duplicates: Look-alikes across splits, most similar first.
         patients_in_two_splits: Patients whose images lie in several splits.
         left_out: Files and folders that became no row, by reason.
+        notes: (row, note) of every image whose pixels need a word, such as an unusable window.
     """
 
     counts: tuple[Count, ...]
@@ -122,6 +128,7 @@ class CheckReport:
     patients_in_two_splits: tuple[PatientLeak, ...] = ()
     not_mapped: tuple[tuple[str, str], ...] = ()
     left_out: LeftOut = field(default_factory=dict)
+    notes: tuple[tuple[str, str], ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -153,7 +160,9 @@ class CheckReport:
             "images are repeated within a split or across tasks": len(harmless),
             "pairs of images look the same across splits": len(self.near_duplicates),
         }
-        return [f"{number} {what}" for what, number in findings.items() if number] + _gaps(self.counts)
+        noted = Counter(note for _, note in self.notes)
+        lines = [f"{number} {what}" for what, number in findings.items() if number]
+        return lines + [f"{number} images: {note}" for note, number in sorted(noted.items())] + _gaps(self.counts)
 
 
 def check_manifest(
@@ -184,20 +193,22 @@ def check_manifest(
     altered: list[str] = []
     groups: dict[tuple[str, int | None], list[Sample]] = defaultdict(list)
     signatures: list[NDArray[np.float32]] = []
-    for done, sample in enumerate(manifest, start=1):
-        try:
-            image, fault = _read(sample, preprocessing)
-        except ReadError as err:
-            unreadable.append((_row(sample), _reason(err, sample.path)))
+    notes: list[tuple[str, str]] = []
+    looks = read_ahead(manifest, partial(_look, near=near, preprocessing=preprocessing), rows=_AHEAD, size=lambda _: 0)
+    for done, (sample, look) in enumerate(zip(manifest, looks, strict=True), start=1):
+        if isinstance(look, str):
+            unreadable.append((_row(sample), look))
         else:
             readable.append(sample)
-            not_mapped += [] if fault is None else [(_row(sample), fault)]
-            bad_masks += _mask_faults(sample, image)
-            groups[image.sha256, sample.frame].append(sample)
-            if sample.sha256 not in (None, image.sha256):
+            not_mapped += [] if look.fault is None else [(_row(sample), look.fault)]
+            bad_masks += look.mask_faults
+            groups[look.sha256, sample.frame].append(sample)
+            if sample.sha256 not in (None, look.sha256):
                 altered.append(_row(sample))
-            if near:
-                signatures.append(edge_signature(image))
+            if look.note is not None:
+                notes.append((_row(sample), look.note))
+            if look.signature is not None:
+                signatures.append(look.signature)
         if on_progress is not None:
             on_progress(done, len(manifest))
     duplicates = [DuplicateGroup(tuple(group)) for group in groups.values() if len(group) > 1]
@@ -211,6 +222,7 @@ def check_manifest(
         patients_in_two_splits=tuple(_patient_leaks(manifest)),
         not_mapped=tuple(not_mapped),
         left_out=manifest.left_out,
+        notes=tuple(notes),
     )
 
 
@@ -229,7 +241,9 @@ def edge_signature(image: Image) -> NDArray[np.float32]:
     """
     import PIL.Image
 
-    gray = image.pixels.mean(axis=0)
+    peak = max(1.0, float(np.abs(image.pixels).max()))
+    pixels = image.pixels if peak < _LARGE else image.pixels / np.float32(peak)  # edges have no unit
+    gray = pixels.mean(axis=0)
     small = np.asarray(PIL.Image.fromarray(gray).resize((_GRID, _GRID), PIL.Image.Resampling.BOX))
     edges = np.concatenate([np.diff(small, axis=0).ravel(), np.diff(small, axis=1).ravel()])
     limit = np.abs(edges).mean()
@@ -269,6 +283,31 @@ def format_report(report: CheckReport) -> str:
     return "\n".join([*lines, "ok" if report.ok else "not ok"])
 
 
+class _Look(NamedTuple):
+    """What is kept of an image that was read."""
+
+    sha256: str
+    mask_faults: list[tuple[str, str]]
+    note: str | None
+    signature: NDArray[np.float32] | None
+    fault: str | None  # why `fit` and `predict` could not prepare it
+
+
+def _look(sample: Sample, *, near: bool, preprocessing: Preprocessing) -> _Look | str:
+    """Read an image and its mask; the reason where the image cannot be read."""
+    fault = None
+    try:
+        try:
+            image = load(sample, preprocessing).image  # so that what is refused later is told here
+        except ReadError as err:
+            fault = _reason(err, sample.path)
+            image = read_image(sample.path, frame=sample.frame)
+    except ReadError as err:
+        return _reason(err, sample.path)
+    faults = list(_mask_faults(sample, image))
+    return _Look(image.sha256, faults, image.note, edge_signature(image) if near else None, fault)
+
+
 def _mask_faults(sample: Sample, image: Image) -> Iterator[tuple[str, str]]:
     """Yield (row, reason) if the sample has a mask that cannot be used."""
     if sample.mask is None:
@@ -280,21 +319,6 @@ def _mask_faults(sample: Sample, image: Image) -> Iterator[tuple[str, str]]:
         return
     if mask is not None and mask.shape != image.size:
         yield _row(sample), f"{sample.mask.name} has {_pixels(mask.shape)} pixels, the image {_pixels(image.size)}"
-
-
-def _read(sample: Sample, preprocessing: Preprocessing) -> tuple[Image, str | None]:
-    """The image in its stored unit, and why `fit` and `predict` could not prepare it (None where they can).
-
-    Raises:
-        ReadError: It cannot be read at all.
-    """
-    try:
-        image = load(sample, preprocessing).image
-    except ReadError as err:
-        return read_image(sample.path, frame=sample.frame), _reason(err, sample.path)
-    if needs_voi(preprocessing.intensity) and sniff_format(sample.path) == "dicom":  # read with its window
-        image = read_image(sample.path, frame=sample.frame)
-    return image, None
 
 
 def _reason(err: ReadError, path: Path) -> str:

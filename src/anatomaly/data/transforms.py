@@ -79,8 +79,10 @@ def apply_intensity(image: Image, intensity: Intensity) -> NDArray[np.float32]:
         ReadError: "auto", and the file declares no value range.
     """
     low, high = _limits(image, intensity)
-    scaled: NDArray[np.float32] = np.clip((image.pixels - np.float32(low)) / np.float32(high - low), 0.0, 1.0)
-    return np.float32(1) - scaled if image.invert else scaled
+    scaled: NDArray[np.float32] = image.pixels - np.float32(low)
+    scaled /= np.float32(high - low)  # in place: a copy of a large image is a lot
+    np.clip(scaled, 0.0, 1.0, out=scaled)
+    return np.subtract(np.float32(1), scaled, out=scaled) if image.invert else scaled
 
 
 def _limits(image: Image, intensity: Intensity) -> tuple[float, float]:

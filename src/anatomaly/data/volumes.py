@@ -6,7 +6,9 @@ and permuted to the closest canonical orientation (x to the patient's right, y t
     displayed[row, column] = canonical[x=column, y=Ny-1-row, z=k]
 
 so slices count from inferior to superior, rows run from anterior to posterior, columns from the patient's left to the
-right.  `write_volume` is the exact inverse.
+right.  A volume that is too thin from left to right for such slices, like one sagittal slice, is cut along that axis
+instead: [row, column] = canonical[x=k, y=column, z=Nz-1-row]; one too thin from back to front is cut into coronal
+slices: [row, column] = canonical[x=column, y=k, z=Nz-1-row].  `write_volume` is the exact inverse.
 """
 
 from __future__ import annotations
@@ -15,22 +17,33 @@ import contextlib
 import gzip
 from collections.abc import Mapping
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from anatomaly.data.decoding import Decoded, check_size, pick_frame, reading
+from anatomaly.data.decoding import (
+    MIN_SIDE,
+    Decoded,
+    check_bytes,
+    check_size,
+    finite_limits,
+    pick_frame,
+    reading,
+    usable_spacing,
+)
 from anatomaly.errors import NotReadyError, OutputError, ReadError, ShapeError
 
+_DEFLATE_RATIO = 1032  # at most
 _MM_PER_UNIT = {"mm": 1.0, "meter": 1e3, "micron": 1e-3, "unknown": 1.0}
 
 
 class _Geometry(NamedTuple):
-    """How the three stored axes lie in the canonical volume."""
+    """How the three stored axes lie in the volume as it is cut: columns, rows (upwards), slices."""
 
-    orientation: NDArray[np.float64]  # (3, 2): canonical axis and direction (1 or -1) of every stored axis
+    orientation: NDArray[np.float64]  # (3, 2): axis as cut and direction (1 or -1) of every stored axis
     shape: tuple[int, int, int]  # of the stored volume, trailing axes of length 1 dropped, missing ones added
 
     def stored_axis(self, canonical_axis: int) -> int:
@@ -42,12 +55,14 @@ class _Geometry(NamedTuple):
 
 
 def count_slices(path: Path) -> int:
-    """Number of slices of a NIfTI volume along the canonical inferior-superior axis."""
+    """Number of slices of a NIfTI volume, see above."""
     return _geometry(_open_header(path)).canonical_shape()[2]
 
 
 def decode(path: Path, frame: int | None, _apply_voi: bool) -> Decoded:
-    """Decode slice `frame` of a NIfTI volume, counted from inferior to superior; scl_slope and scl_inter are applied.
+    """Decode slice `frame` of a NIfTI volume, counted as above; scl_slope and scl_inter are applied.
+
+    NaN and infinite voxels stay; `limits` are then those of the whole volume, so that all slices get the same.
 
     Raises:
         ReadError: More than one volume inside, no such slice, colour or complex voxels, an affine without orientation.
@@ -61,15 +76,24 @@ def decode(path: Path, frame: int | None, _apply_voi: bool) -> Decoded:
 
     axis = geometry.stored_axis(2)
     forward = geometry.orientation[axis, 1] == 1
-    slab = np.take(stored.reshape(geometry.shape), [index if forward else count - 1 - index], axis)
+    voxels = stored.reshape(geometry.shape)
+    slab = np.take(voxels, [index if forward else count - 1 - index], axis)
     canonical = _nibabel().apply_orientation(slab, geometry.orientation)[:, :, 0]  # (x, y)
     slope, intercept = np.float64(image.dataobj.slope), np.float64(image.dataobj.inter)
     pixels = (canonical.T[::-1] * slope + intercept).astype(np.float32)
+    limits = None if np.isfinite(pixels).all() else _volume_limits(voxels, slope, intercept)
 
     zooms = [float(zoom) for zoom in image.header.get_zooms()[:3]] + [1.0] * 3
     unit = _MM_PER_UNIT.get(image.header.get_xyzt_units()[0], 1.0)
-    spacing = (zooms[geometry.stored_axis(1)] * unit, zooms[geometry.stored_axis(0)] * unit)
-    return Decoded(pixels[None], None, index if count > 1 else None, spacing=spacing)
+    spacing = usable_spacing(zooms[geometry.stored_axis(1)] * unit, zooms[geometry.stored_axis(0)] * unit)
+    return Decoded(pixels[None], None, index if count > 1 else None, spacing=spacing, limits=limits)
+
+
+def _volume_limits(voxels: NDArray[Any], slope: np.float64, intercept: np.float64) -> tuple[float, float] | None:
+    """Lowest and highest finite value of a whole volume, a slab at a time."""
+    slabs = (slab * slope + intercept for slab in np.moveaxis(voxels, -1, 0))
+    found = [limits for slab in slabs if (limits := finite_limits(slab.astype(np.float32))) is not None]
+    return (min(low for low, _ in found), max(high for _, high in found)) if found else None
 
 
 def write_volume(maps: Mapping[int, NDArray[np.float32]], source: Path, out: Path) -> None:
@@ -150,16 +174,37 @@ def _open(path: Path, *, with_voxels: bool) -> tuple[Any, NDArray[Any]]:
         stream.seek(0)
         if start[344:348] == b"ni1\0" or start[4:8] == b"ni2\0":
             raise ReadError("is the header half of a .hdr/.img pair. Convert the pair to one .nii.gz file.")
-        image = (nibabel.Nifti2Image if start[4:8] == b"n+2\0" else nibabel.Nifti1Image).from_stream(stream)
+        kind = nibabel.Nifti2Image if start[4:8] == b"n+2\0" else nibabel.Nifti1Image
+        header = kind.header_class.from_fileobj(stream)
+        if not np.isfinite(header["scl_inter"]):  # nibabel would refuse it; an invalid slope it takes as 1
+            header["scl_inter"] = 0
+        image = kind(kind.ImageArrayProxy(stream, header), header.get_best_affine(), header)
         dtype = image.get_data_dtype()
         if dtype.kind not in "iuf":
             raise ReadError(f"has voxels of type {dtype}, expected real numbers. Convert it to a grey volume.")
+        _check_length(image, path.stat().st_size, zipped)
         if not with_voxels:
             return image, np.empty(0)
+        if not zipped:  # nothing is read before a slice is taken
+            proxy = image.dataobj
+            return image, np.memmap(path, proxy.dtype, "r", proxy.offset, proxy.shape, "F")
         voxels = image.dataobj.get_unscaled()
-        while zipped and stream.read(2**20):  # the checksum is only looked at when the end is reached
+        while stream.read(2**20):  # the checksum is only looked at when the end is reached
             pass
         return image, voxels
+
+
+def _check_length(image: Any, file_size: int, zipped: bool) -> None:
+    """Compare the voxels that the header declares with the file and, where all are unpacked at once, with the limit."""
+    proxy = image.dataobj
+    length = prod(int(side) for side in proxy.shape) * int(proxy.dtype.itemsize)
+    if length + int(proxy.offset) > file_size * (_DEFLATE_RATIO if zipped else 1):
+        raise ReadError("ends before its voxels do. It is corrupt or truncated: copy or export it again.")
+    if length <= 0:
+        raise ReadError(f"has shape {proxy.shape}, in which there are no voxels. Export it again.")
+    if zipped:
+        shape = "x".join(map(str, proxy.shape))
+        check_bytes(length, f"is a packed volume of {shape} voxels", "Unpack it (gunzip), then it is read in slices")
 
 
 def _geometry(image: Any) -> _Geometry:
@@ -172,4 +217,11 @@ def _geometry(image: Any) -> _Geometry:
     if not np.isfinite(orientation).all():
         raise ReadError("has a singular affine, so its axes have no direction. Repair its sform or qform.")
     x, y, z = (*image.shape, 1, 1, 1)[:3]
-    return _Geometry(orientation, (int(x), int(y), int(z)))
+    geometry = _Geometry(orientation, (int(x), int(y), int(z)))
+    thin = [axis for axis, length in enumerate(geometry.canonical_shape()) if length < MIN_SIDE]
+    if thin in ([0], [1]):  # sagittal or coronal slices: an axial cut would be too small to read
+        as_cut = [2, 0, 1] if thin == [0] else [0, 2, 1]  # of canonical x, y, z
+        turned = orientation.copy()
+        turned[:, 0] = [as_cut[int(axis)] for axis in orientation[:, 0]]
+        return geometry._replace(orientation=turned)
+    return geometry

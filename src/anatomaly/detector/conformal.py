@@ -276,13 +276,18 @@ def with_p_value(prediction: Prediction, bank: SupportBank, calibration: Calibra
         calibration: One that fits, or None.
     """
     if prediction.sha256 in bank.sha256:
-        return replace(prediction, note="one of the support images: compared with itself")
+        return _noted(prediction, "one of the support images: compared with itself")
     if calibration is None:
         return prediction
     if prediction.sha256 in calibration.sha256:
-        return replace(prediction, note="one of the calibration images: no p-value")
+        return _noted(prediction, "one of the calibration images: no p-value")
     value = float(p_values(prediction.score, calibration.scores))
     return prediction if np.isnan(value) else replace(prediction, p_value=value)
+
+
+def _noted(prediction: Prediction, note: str) -> Prediction:
+    """The prediction with one more note."""
+    return replace(prediction, note=note if prediction.note is None else f"{prediction.note}; {note}")
 
 
 def describe(calibration: Calibration) -> str:

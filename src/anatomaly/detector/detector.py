@@ -374,6 +374,7 @@ class Detector:
                 image=prepared.display,
                 support_weights=None if weights is None else weights[i],
                 spacing=prepared.image.spacing,
+                note=prepared.image.note,
                 sha256=f"{prepared.image.sha256}#{sample.frame or 0}",
             )
             for i, (sample, prepared) in enumerate(items)
