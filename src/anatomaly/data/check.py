@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from anatomaly.data.listing import LeftOut, describe
 from anatomaly.data.loading import read_ahead
 from anatomaly.data.manifest import Manifest
-from anatomaly.data.readers import read_image, read_mask_of
-from anatomaly.data.transforms import load
+from anatomaly.data.readers import read_image, read_mask_of, sniff_format
+from anatomaly.data.transforms import load, needs_voi
 from anatomaly.errors import ReadError
 from anatomaly.types import Image, Intensity, Preprocessing, Sample, Split
 
@@ -304,8 +304,11 @@ def _look(sample: Sample, *, near: bool, preprocessing: Preprocessing) -> _Look 
             image = read_image(sample.path, frame=sample.frame)
     except ReadError as err:
         return _reason(err, sample.path)
-    faults = list(_mask_faults(sample, image))
-    return _Look(image.sha256, faults, image.note, edge_signature(image) if near else None, fault)
+    faults, signature = list(_mask_faults(sample, image)), None
+    if near:  # look-alikes are found in what the file holds, not in what its window leaves of it
+        windowed = fault is None and needs_voi(preprocessing.intensity) and sniff_format(sample.path) == "dicom"
+        signature = edge_signature(read_image(sample.path, frame=sample.frame) if windowed else image)
+    return _Look(image.sha256, faults, image.note, signature, fault)
 
 
 def _mask_faults(sample: Sample, image: Image) -> Iterator[tuple[str, str]]:
