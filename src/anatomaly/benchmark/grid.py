@@ -229,6 +229,10 @@ def settings_of(grid: Grid, cell: Cell) -> FitConfig:
     return replace(entry.config, teacher=teacher, training=training)
 
 
+#: The groups of settings that a peer takes from those of `fit`.
+_OF_PEERS = ("teacher", "preprocessing", "task_intensity")
+
+
 def keys_of(grid: Grid, lists: SupportLists) -> dict[Cell, dict[str, Any]]:
     """Everything the figures of each cell depend on, in JSON's terms."""
     entries = {entry.name: entry for entry in grid.entries}
@@ -239,13 +243,16 @@ def keys_of(grid: Grid, lists: SupportLists) -> dict[Cell, dict[str, Any]]:
         tasks = tuple(grid.manifest.tasks) if entry.trained and grid.protocol == "few_shot" else (cell.task,)
         if tasks not in prints:
             prints[tasks] = _fingerprint(grid.manifest.select(task=tasks))
+        settings = settings_of(grid, cell).as_dict()
+        if entry.peer is not None:
+            settings = {name: settings[name] for name in _OF_PEERS}
         facts = {
             "protocol": grid.protocol,
             "cell": cell._asdict(),
             "peer": entry.peer,
             "options": dict(entry.options),
             "images": entry.images,
-            "settings": settings_of(grid, cell).as_dict(),
+            "settings": settings,
             "draws": grid.draws if cell.shots else 1,
             "data": prints[tasks],
             "supports": lists_digest({cell.task: {cell.seed: supports_of(lists, cell)}}) if lists else None,

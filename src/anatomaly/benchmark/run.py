@@ -128,6 +128,8 @@ def _finished(folder: Path, key: Mapping[str, Any]) -> bool:
     try:
         found = json.loads((folder / CELL).read_text(encoding="utf-8"))["key"]
         found["settings"] = with_later_settings(found["settings"])
+        if key["peer"] is not None:  # cells of before recorded settings that no peer has
+            found["settings"] = {name: found["settings"].get(name) for name in key["settings"]}
     except (FileNotFoundError, NotADirectoryError):
         return False
     except (OSError, ValueError, KeyError, TypeError) as err:
