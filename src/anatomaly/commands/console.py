@@ -6,7 +6,6 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-
     from jsonargparse import ArgumentParser, Namespace
 
 
