@@ -233,7 +233,11 @@ def test_fit_wrote_a_model_and_a_finished_run_is_not_repeated(run, world, caplog
     assert facts["training"]["epochs"] == 1
     before = (world / "model/weights.safetensors").stat().st_mtime_ns
     with caplog.at_level(logging.INFO):
-        assert run(*fit)[:2] == (0, f"model: {world / 'model'}\n")
+        assert run(*fit)[:2] == (
+            0,
+            "attention on efficientnet_lite0, 1 epoch. Patch attention: rebuilds a query from the supports' patches "
+            f"(docs/better.md).\nmodel: {world / 'model'}\n",
+        )
     assert "finished already" in caplog.text
     assert (world / "model/weights.safetensors").stat().st_mtime_ns == before
 
@@ -287,7 +291,9 @@ def test_flags_after_a_file_win_and_the_printed_settings_give_the_same_again(run
     assert (first["training"]["epochs"], first["training"]["seed"], first["training"]["shots"]) == (0, 3, 1)
     assert first["preprocessing"]["size"] == [64, 96]
     assert first["preprocessing"]["intensity"] == {"rule": "range", "low": 0.0, "high": 200.0}
-    assert first["scoring"] == {"blur": 2.0, "pooling": "mean", "top_fraction": 0.01}
+    assert first["scoring"] == {"blur": 2.0, "pooling": "mean", "top_fraction": 0.05}, (
+        "the rest is the default preset's"
+    )
 
 
 def test_ctrl_c_during_training_is_130(run, world, tmp_path, monkeypatch):
@@ -477,7 +483,10 @@ def test_predictions_that_cannot_be_made_are_one_line(words, message, refused, w
         ("scoring", {"blur": "x"}, "is damaged"),
         ("scoring", {"pooling": "median"}, "scoring.pooling: got median"),
         ("scoring", {"colour": 1}, "not a model bundle"),
-        ("method", {"distance": "l2"}, "method.distance: got l2"),
+        ("method", {"attention": {"deepest": -1}}, "method.attention.deepest: got -1"),
+        ("method", {"attention": {"depth": 2}}, "not a model bundle"),
+        ("method", {"colour": 1}, "method: unknown setting 'colour'"),
+        ("method", {"name": "best"}, "method: unknown name 'best'"),
         ("teacher", {"name": 5}, "teacher.name: got 5"),
         ("teacher", {"normalise": "no"}, "teacher.normalise: got 'no'"),
     ],
@@ -545,7 +554,7 @@ def test_importing_what_is_no_checkpoint_is_one_line(refused, world, tmp_path):
 
 
 def test_the_demo_runs_from_images_to_report_once(run, refused, tmp_path, monkeypatch):
-    from anatomaly.commands import demo
+    from anatomaly.benchmark import demo
 
     draw = demo.write_benchmark
 
@@ -555,17 +564,20 @@ def test_the_demo_runs_from_images_to_report_once(run, refused, tmp_path, monkey
     monkeypatch.setattr(demo, "write_benchmark", few)
     monkeypatch.setattr(demo, "_SHOTS", (1, 2))
     monkeypatch.setattr("anatomaly.evaluation.evaluate.bootstrap", partial(bootstrap, samples=10))
-    monkeypatch.setattr(demo, "_D24FAD", replace(demo._D24FAD, epochs=1))
-    ours = demo.load_preset()
-    short = replace(ours, training=replace(ours.training, epochs=1, shots=2))
-    monkeypatch.setattr(demo, "load_preset", lambda: short)
+    load = demo.load_preset
+
+    def short(name):
+        config = load(name)
+        return replace(config, training=replace(config.training, epochs=1, shots=2))
+
+    monkeypatch.setattr(demo, "load_preset", short)
     monkeypatch.setattr("anatomaly.training.lesion_episodes.STEPS", 2)
     code, out, _ = run("demo", "--out", tmp_path / "demo")
     assert code == 0
     assert out.endswith(f"Report: {tmp_path / 'demo/report.html'}\n")
-    assert all(name in out for name in ("D24FAD", "patch attention", "patch nearest neighbours"))
+    assert all(name in out for name in ("d24fad", "attention", "nearest"))
     assert "A task nobody trained on" in (tmp_path / "demo/report.html").read_text()
-    for model in ("D24FAD", "patch_attention"):
+    for model in ("d24fad", "attention"):
         config = json.loads((tmp_path / f"demo/models/{model}/config.json").read_text())
         assert "head_ct" not in config["training"]["tasks"]
     assert "report.html: already exists" in refused("demo", "--out", tmp_path / "demo")

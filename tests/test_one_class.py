@@ -114,7 +114,7 @@ def test_one_class_is_trained_with_every_part_of_the_loss(one):
     assert set(facts["map_ranges"]) == {"head_ct"}
     assert list(detector.method.teachers) == ["local", "global"]
     (line,) = [json.loads(line) for line in (folder / "training/progress.jsonl").read_text().splitlines()]
-    pdd = detector.method
+    pdd = detector.method.settings
     parts = pdd.reconstruction_weight * (line["plain_mse"] + line["prior_mse"])
     parts += pdd.cosine_weight * line["prior_cosine"] + pdd.diversity_weight * line["relation"]
     assert line["total"] == pytest.approx(parts, rel=1e-5)
@@ -310,9 +310,11 @@ def test_fit_on_the_command_line(phantom, tmp_path, capsys):
     where = (f"--data={phantom.source}", f"--out={tmp_path}", "--tasks=[brain_mr]")
     pdd = ("--method.name=pdd", "--method.pdd.diversity_weight=0.25", "--method.pdd.shared_students=true")
     assert main(["fit", *where, *teachers, *small, *pdd]) == 0
-    assert capsys.readouterr().out == f"model: {tmp_path}\n"
+    first, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("pdd on efficientnet_lite0, 1 epoch.")
+    assert last == f"model: {tmp_path}"
     loaded = Detector.load(tmp_path, device="cpu")
-    assert loaded.method.diversity_weight == 0.25
+    assert loaded.method.settings.diversity_weight == 0.25
     assert len(loaded.method.students) == 1
     assert [teacher.name for teacher in loaded.method.teachers.values()] == ["efficientnet_lite0", "timm/resnet18"]
 
@@ -356,12 +358,11 @@ def test_an_official_checkpoint_is_imported_and_judges_an_image(phantom, tmp_pat
     assert capsys.readouterr().out == f"model: {tmp_path / 'model'}\n"
     detector = saved[str(tmp_path / "model")]
     facts = detector.facts
-    names = (facts["teacher"]["name"], facts["global_teacher"]["name"])
-    assert names == ("timm/wide_resnet50_2.racm_in1k", "vmamba_tiny_merged")
-    assert facts["teacher"]["weights"] == facts["global_teacher"]["weights"] == "file"
+    assert tuple(teacher.name for teacher in facts.teachers) == ("timm/wide_resnet50_2.racm_in1k", "vmamba_tiny_merged")
+    assert {teacher.weights for teacher in facts.teachers} == {"file"}
     assert detector.preprocessing == Preprocessing((256, 256), "squash", "bilinear")
-    assert (facts["method"]["pdd"]["shared_students"], facts["method"]["pdd"]["cosine_sign"]) == (True, "release")
-    assert (len(detector.method.students), detector.method.cosine_sign) == (1, "release")
+    assert (facts.method.settings.shared_students, facts.method.settings.cosine_sign) == (True, "release")
+    assert (len(detector.method.students), detector.method.settings.cosine_sign) == (1, "release")
     (found,) = detector.predict([judged(phantom)[0].path])
     assert found.error is None
     assert np.isfinite(found.score)

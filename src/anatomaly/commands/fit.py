@@ -29,7 +29,7 @@ def run_fit(options: Namespace) -> int:
     manifest = load_manifest(Path(options.data))
     manifest = manifest if options.tasks is None else manifest.select(task=options.tasks)
     record, epochs = METHODS[config.method.name], config.training.epochs
-    how = f"{epochs} epochs" if record.trained and epochs else "nothing is trained"
+    how = f"{epochs} epoch{'s' * (epochs != 1)}" if record.trained and epochs else "nothing is trained"
     print(
         f"{record.name} on {config.teacher.name}, {how}. {record.summary[0].upper()}{record.summary[1:]}.", flush=True
     )
