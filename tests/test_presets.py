@@ -99,7 +99,8 @@ def settings_of(monkeypatch, phantom):
         called = []
         monkeypatch.setattr("anatomaly.training.fit.fit", lambda manifest, out, config: called.append(config))
         monkeypatch.setattr(
-            "anatomaly.benchmark.ablation.run_ablation", lambda manifest, out, base, **_: called.append(base) or []
+            "anatomaly.benchmark.ablation.run_ablation",
+            lambda manifest, out, base, **_: (called.append(base) or [], []),
         )
         where = ["--data", str(phantom.source), "--out", "unused"]
         assert main([*command, *where, *map(str, words)]) == 0

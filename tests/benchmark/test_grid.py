@@ -38,6 +38,7 @@ BASE = FitConfig(
     preprocessing=Preprocessing((64, 64)),
     training=TrainingConfig(shots=2, epochs=1, batch_size=5, validate_every=1, device="cpu"),
 )
+COMMON = {group: settings for group, settings in BASE.as_dict().items() if group != "method"}
 NEAREST = Entry("nearest", replace(BASE, method=MethodConfig(name="nearest")))
 D24FAD = Entry("d24fad", BASE)
 PDD = Entry("pdd", replace(BASE, method=MethodConfig(name="pdd")))
@@ -578,7 +579,7 @@ def test_settings_that_make_no_sense_get_one_line(phantom, tmp_path, capsys, wor
 def test_a_preset_is_where_an_entry_starts(phantom):
     from anatomaly.commands.benchmark import _entry
 
-    entry = _entry("paper", {"preset": "pdd-release", "training": {"epochs": 3}}, BASE)
+    entry = _entry("paper", {"preset": "pdd-release", "training": {"epochs": 3}}, COMMON)
     assert entry.config.method.settings.cosine_sign == "release"
     assert entry.config.training.epochs == 3
     assert entry.config.training.learning_rate == 2e-3
@@ -588,7 +589,7 @@ def test_a_preset_is_where_an_entry_starts(phantom):
 def test_an_entry_starts_from_the_common_settings():
     from anatomaly.commands.benchmark import _entry
 
-    entry = _entry("nearest", {"scoring": {"pooling": "topk"}}, BASE)
+    entry = _entry("nearest", {"scoring": {"pooling": "topk"}}, COMMON)
     assert entry.config == replace(NEAREST.config, scoring=replace(BASE.scoring, pooling="topk"))
     assert (entry.peer, entry.images) == (None, 0)
     assert Path(entry.name) == Path("nearest")
