@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from jsonargparse import ArgumentParser, Namespace
 
-_WITHOUT_IMAGES = ("demo", "data phantom", "data list", "export", "import d24fad", "import pdd")
 _CANNOT_WRITE = (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT, errno.EFBIG)
 
 
@@ -92,7 +91,7 @@ def _parse(name: str, words: Sequence[str]) -> Namespace:
     parser = ArgumentParser(prog=f"anatomaly {name}", description=command.help, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("-c", "--config", action="config", help="YAML file with these settings; flags after it win.")
     command.arguments(parser)
-    if name not in _WITHOUT_IMAGES:
+    if command.reads_images:
         parser.add_argument(
             "--max_decoded_gib",
             type=float,
@@ -108,7 +107,7 @@ def _parse(name: str, words: Sequence[str]) -> Namespace:
             options = instantiated(parser, parser.parse_args(words))
         if preset := options.get("preset"):  # from a file, where what it should give way to cannot be told
             raise ConfigError(f"{name}: a preset cannot be named in a file. Give it as a flag: --preset {preset}.")
-        if name not in _WITHOUT_IMAGES:
+        if command.reads_images:
             limit_decoded(options.max_decoded_gib)
         return options
     except ArgumentError as err:
@@ -194,24 +193,34 @@ def _near(word: str, known: Any) -> str:
 class Command(NamedTuple):
     """One verb: its help line, its options, and what it does with them (returning the exit code).
 
-    `layered` ones take the settings of `fit`, whose defaults follow the method (`commands.settings`).
+    `layered` ones take the settings of `fit`, whose defaults follow the method (`commands.settings`); those that read
+    images take `--max_decoded_gib`.
     """
 
     help: str
     arguments: Callable[[ArgumentParser], None]
     run: Callable[[Namespace], int]
     layered: bool = False
+    reads_images: bool = True
 
 
 COMMANDS = {
     "demo": Command(
-        "Train on built-in images of four kinds, test on a fifth, write a report.", demo.demo_arguments, demo.run_demo
+        "Train on built-in images of four kinds, test on a fifth, write a report.",
+        demo.demo_arguments,
+        demo.run_demo,
+        reads_images=False,
     ),
     "data check": Command("Count, read and compare the images of a data set.", data.check_arguments, data.run_check),
     "data phantom": Command(
-        "Write the built-in benchmark: five tasks with lesions.", data.phantom_arguments, data.run_phantom
+        "Write the built-in benchmark: five tasks with lesions.",
+        data.phantom_arguments,
+        data.run_phantom,
+        reads_images=False,
     ),
-    "data list": Command("List the public data sets of the papers.", data.list_arguments, data.run_list),
+    "data list": Command(
+        "List the public data sets of the papers.", data.list_arguments, data.run_list, reads_images=False
+    ),
     "data prepare": Command("Turn a public download into a manifest.", data.prepare_arguments, data.run_prepare),
     "fit": Command("Train a model on normal images of several tasks.", fit.fit_arguments, fit.run_fit, layered=True),
     "predict": Command(
@@ -251,13 +260,17 @@ COMMANDS = {
         "Say which support images a verdict rests on.", explain.supports_arguments, explain.run_supports
     ),
     "export": Command(
-        "Write a frozen teacher as ONNX, compared with its own forward.", export.export_arguments, export.run_export
+        "Write a frozen teacher as ONNX, compared with its own forward.",
+        export.export_arguments,
+        export.run_export,
+        reads_images=False,
     ),
     **{
         f"import {name}": Command(
             f"Turn an official {name} checkpoint into a model.",
             partial(release.release_arguments, name=name),
             partial(release.run_release, name=name),
+            reads_images=False,
         )
         for name in release.released()
     },

@@ -50,8 +50,8 @@ class MethodConfig:
         settings: A record of the method's own class (`METHODS[name].settings`); None takes its defaults.
 
     Example:
-        >>> MethodConfig("d24fad").as_dict()["d24fad"]["tsd_weight"]
-        0.1
+        >>> [*METHODS.built_in, MethodConfig(METHODS.built_in[-1]).as_dict()["name"]]
+        ['attention', 'd24fad', 'pdd', 'nearest', 'nearest']
     """
 
     name: str

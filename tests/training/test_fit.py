@@ -17,7 +17,7 @@ from anatomaly.data.manifest import load_manifest
 from anatomaly.detector.bundle import read_tensors
 from anatomaly.detector.detector import Detector
 from anatomaly.errors import AnatomalyError, ConfigError, OutputError, ReadError
-from anatomaly.methods import build_method
+from anatomaly.methods import METHODS, build_method
 from anatomaly.methods.d24fad import D24FAD
 from anatomaly.methods.settings import D24FADSettings, PDDSettings
 from anatomaly.synthetic.phantom import MARKER, write_benchmark
@@ -615,7 +615,7 @@ def lesion_loader(manifest, method, **choices):
     config = settings(**{"shots": 2, "batch_size": 2, **choices})
     rows = sorted(manifest.samples, key=lambda sample: sample.task)
     return loaders.training_loader(
-        method, rows, Preparation(SMALL, {}, "cpu"), config.training, learns_from="lesions"
+        method, rows, Preparation(SMALL, {}, "cpu"), config.training, record=METHODS["attention"]
     ), rows
 
 

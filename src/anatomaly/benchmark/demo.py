@@ -12,7 +12,7 @@ from anatomaly.errors import OutputError
 from anatomaly.evaluation.evaluate import evaluate
 from anatomaly.evaluation.evaluation import Evaluation, table_of
 from anatomaly.evaluation.protocols import samples_to_test
-from anatomaly.presets import DEFAULT_PRESET, REFERENCE_PRESET, load_preset
+from anatomaly.presets import DEMO_PRESETS, load_preset
 from anatomaly.results.folder import predict_to_folder
 from anatomaly.synthetic.phantom import write_benchmark
 from anatomaly.training.fit import fit
@@ -24,8 +24,6 @@ logger = logging.getLogger(__name__)
 
 _TASK = "head_ct"
 _SHOTS = (2, 4, 8)
-#: The default first: the report is its.
-_COMPARED = (DEFAULT_PRESET, "d24fad-quick", REFERENCE_PRESET)
 
 
 def demo(out: Path, *, seed: int = 0) -> tuple[Path, list[tuple[str, Evaluation]]]:
@@ -48,7 +46,7 @@ def demo(out: Path, *, seed: int = 0) -> tuple[Path, list[tuple[str, Evaluation]
     manifest = load_manifest(write_benchmark(out / "data", train=60, seed=seed))
     logger.info("Training on %s ...", ", ".join(task for task in manifest.tasks if task != _TASK))
     others = manifest.select(task=[task for task in manifest.tasks if task != _TASK])
-    configs = {config.method.name: config for config in map(load_preset, _COMPARED)}
+    configs = {config.method.name: config for config in map(load_preset, DEMO_PRESETS)}
     detectors = {
         name: fit(others, out / "models" / name, replace(config, training=replace(config.training, seed=seed)))
         for name, config in configs.items()
