@@ -152,32 +152,36 @@ def _load_yaml(text: str) -> Any:
     return text if only_keys else value  # a name such as `brain:` or `{a, b}`
 
 
+#: What jsonargparse says, and how we say it; each is held to the installed version by tests/test_cli.py.
+_REWORDED = (
+    (
+        r"Does not validate against any of the Union subtypes.*? Errors: "
+        r"- (?:Expected a <class 'NoneType'> - )?(.*?) (?:- |Given value type).*Given value: (.*)",
+        r"\1. Got \2",
+    ),
+    (
+        r"Option '([^']+)' is required but not provided or its value is None",
+        r"the following arguments are required: \1",
+    ),
+    (r"Expected a dot import path string: .*?\. Got", "Expected braces, such as '{rule: range, low: 0}'. Got"),
+    (r"Problem with given class_path '[^']+': ", ""),
+    (r"(\. Got value: \S+)\. Got NestedArg.*", r"\1"),
+    (r'Parser key "([^"]+)": Expected', r"--\1: expected"),
+    (r'Parser key "([^"]+)"', r"--\1"),
+    (r"a <class '(?:list|tuple)'>", "a list in brackets"),
+    (r"a <class 'int'>", "a whole number"),
+    (r"a <class 'float'>", "a number"),
+    (r"a <class 'bool'>", "true or false"),
+    (r"a typing.Literal\[(.*?)\]", r"one of \1"),
+    (r"\. Got value: ", ", got "),
+    (r"\. Got ", ", got "),
+)
+
+
 def _plain(message: str) -> str:
     """Put what jsonargparse says in the words of a command line, without Python's types."""
     message = " ".join(message.split()).rstrip(".")
-    for pattern, words in (
-        (
-            r"Does not validate against any of the Union subtypes.*? Errors: "
-            r"- (?:Expected a <class 'NoneType'> - )?(.*?) (?:- |Given value type).*Given value: (.*)",
-            r"\1. Got \2",
-        ),
-        (
-            r"Option '([^']+)' is required but not provided or its value is None",
-            r"the following arguments are required: \1",
-        ),
-        (r"Expected a dot import path string: .*?\. Got", "Expected braces, such as '{rule: range, low: 0}'. Got"),
-        (r"Problem with given class_path '[^']+': ", ""),
-        (r"(\. Got value: \S+)\. Got NestedArg.*", r"\1"),
-        (r'Parser key "([^"]+)": Expected', r"--\1: expected"),
-        (r'Parser key "([^"]+)"', r"--\1"),
-        (r"a <class '(?:list|tuple)'>", "a list in brackets"),
-        (r"a <class 'int'>", "a whole number"),
-        (r"a <class 'float'>", "a number"),
-        (r"a <class 'bool'>", "true or false"),
-        (r"a typing.Literal\[(.*?)\]", r"one of \1"),
-        (r"\. Got value: ", ", got "),
-        (r"\. Got ", ", got "),
-    ):
+    for pattern, words in _REWORDED:
         message = re.sub(pattern, words, message)
     return message
 

@@ -79,11 +79,11 @@ class MethodConfig:
         """
         name, others = facts["name"], {key: value for key, value in facts.items() if key != "name"}
         kind = METHODS[name].settings
+        if unknown := [key for key in others if key not in METHODS and key not in _FORMER]:
+            raise ConfigError(f"method: unknown setting {unknown[0]!r}, expected name and {name}.")
         if name not in others:  # bundles and runs of before spelled one method's settings beside the name
             known = {each.name for each in fields(kind)}
             return cls(name, kind(**{key: value for key, value in others.items() if key in known}))
-        if unknown := [key for key in others if key not in METHODS and key not in _FORMER]:
-            raise ConfigError(f"method: unknown setting {unknown[0]!r}, expected name and {name}.")
         return cls(name, kind(**others[name]))
 
 

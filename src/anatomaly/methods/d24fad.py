@@ -203,7 +203,7 @@ def distance(a: Tensor, b: Tensor, kind: Distance) -> Tensor:
 
     Example:
         >>> f = torch.ones(2, 8, 4, 4)
-        >>> distance(f, -f, "flattened"), distance(f, f, "positionwise")
+        >>> distance(f, -f, "flattened"), distance(f, f, "positionwise").round(decimals=6)
         (tensor(2.), tensor(0.))
     """
     if kind == "flattened":

@@ -142,7 +142,7 @@ def _loaded(entry: EntryPoint) -> MethodRecord:
     try:
         record = entry.load()
     except Exception as err:  # whatever a foreign package does when it is imported
-        reason = f"{type(err).__name__}: {err}"
+        reason = " ".join(f"{type(err).__name__}: {err}".split())
         raise ConfigError(f"{where}: cannot be loaded ({reason}). Mend or remove its package.") from err
     if not isinstance(record, MethodRecord) or record.name != entry.name or not is_dataclass(record.settings):
         raise ConfigError(
