@@ -45,6 +45,7 @@ def main():
 
     manifest = load_manifest(args.manifest)
     base = FitConfig(
+        MethodConfig("d24fad"),
         teacher=TeacherConfig(name=args.teacher),
         preprocessing=Preprocessing(size=(args.size, args.size)),
         training=TrainingConfig(epochs=args.epochs, learning_rate=args.lr, shots=args.shots[0]),
