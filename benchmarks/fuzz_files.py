@@ -56,6 +56,7 @@ def main():
         if done.returncode:
             dead.append(f"block {start}: exit code {done.returncode}: {done.stderr.strip()[-600:]}")
             continue
+        print(done.stderr, end="", file=sys.stderr)
         found = json.loads(done.stdout)
         total.update(found["total"])
         for name, counts in found["formats"].items():
@@ -128,8 +129,11 @@ def judge(loaded, kind, expected, total, formats):
     """Count one result; `kind` is None for a sound file."""
     name = loaded.sample.path.name
     if kind is None:
+        found = digest(loaded)
         total["sound"] += 1
-        total["sound_lost"] += digest(loaded) != expected[name.split("_", 2)[2]]
+        if found != expected[name.split("_", 2)[2]]:
+            total["sound_lost"] += 1
+            print(f"{name}: {found}", file=sys.stderr)
         return
     died = loaded.error is not None and any(words in loaded.error for words in _DIED)
     result = "read" if loaded.error is None else "died" if died else "refused"

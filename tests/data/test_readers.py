@@ -15,6 +15,7 @@ from PIL import Image as Pillow
 from PIL import ImageOps
 
 from anatomaly.data import readers
+from anatomaly.data.layouts import samples_of
 from anatomaly.data.readers import count_frames, read_image, read_mask, sniff_format
 from anatomaly.errors import NotReadyError, ReadError
 
@@ -428,6 +429,15 @@ def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path):
     for function in (read_image, count_frames, sniff_format):
         with pytest.raises(ReadError, match=r"a\.png: is a pipe or a device, expected a file"):
             function(tmp_path / "a.png")
+
+
+def test_a_tiff_without_pages_is_refused_and_does_not_vanish(tmp_path):
+    (tmp_path / "a.tif").write_bytes(b"II*\0" + bytes(60))
+    with pytest.raises(ReadError, match=r"a\.tif: holds no image"):
+        count_frames(tmp_path / "a.tif")
+    assert len(samples_of(tmp_path / "a.tif", task="t")) == 1
+    with pytest.raises(ReadError, match=r"a\.tif: "):
+        read_image(tmp_path / "a.tif")
 
 
 def test_a_constant_image_is_fine(tmp_path):

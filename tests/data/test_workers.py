@@ -215,3 +215,22 @@ def test_a_forked_process_has_workers_of_its_own(tmp_path):
     lines = script.communicate(timeout=60)[0].split("\n")
     assert sorted(lines[:2]) == ["8 False", "8 True"]
     assert lines[2] == "True"
+
+
+def test_a_script_that_leaves_images_unread_ends(tmp_path):
+    """Nobody closes the generator, and with room for one image more are waiting to be read."""
+    grey(tmp_path / "a.png")
+    script = run(
+        """
+        import sys
+        from pathlib import Path
+        from anatomaly.data import loading
+        from anatomaly.types import Preprocessing, Sample
+        loading.MAX_BYTES = 1
+        batches = loading.load_batches([Sample(Path(sys.argv[1]), "t")] * 50, Preprocessing(size=(8, 8)), batch_size=16)
+        print(len(next(batches)))
+        """,
+        tmp_path / "a.png",
+    )
+    assert script.communicate(timeout=60)[0].split() == ["1"]
+    assert script.returncode == 0

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -76,71 +77,80 @@ def read_ahead(
         rows: Results that may wait for the consumer.
         size: Bytes of a result; those that wait take at most `MAX_BYTES`, unless a single one takes more.
     """
-    room = _Room()
-
-    def read_when_there_is_room(number: int, item: Item) -> Result:
-        room.enter(number)
-        done = 0
-        try:
-            result = read(item)
-            done = size(result)
-        finally:
-            room.leave(done)
-        return result
-
-    ahead: deque[Future[Result]] = deque()
-    threads = ThreadPoolExecutor(WORKERS + 1)
+    queue = _Queue(read, size)
     try:
-        for number, item in enumerate(items):
-            ahead.append(threads.submit(read_when_there_is_room, number, item))
-            if len(ahead) > rows:
-                result = ahead.popleft().result()
-                room.take(size(result))
-                yield result
-        while ahead:
-            result = ahead.popleft().result()
-            room.take(size(result))
-            yield result
+        for item in items:
+            queue.put(item)
+            if len(queue.slots) > rows:
+                yield queue.take()
+        while queue.slots:
+            yield queue.take()
     finally:
-        room.open()
-        threads.shutdown(cancel_futures=True)
+        queue.end()
 
 
-class _Room:
-    """How many bytes of results wait for the consumer, and who may read on."""
+class _Slot(Generic[Item, Result]):
+    """One item on its way; it has a future from when there is room to read it."""
 
-    def __init__(self) -> None:
-        self.changed = threading.Condition()
-        self.taken = 0  # results the consumer has had
-        self.waiting = 0  # bytes
+    def __init__(self, item: Item) -> None:
+        self.item = item
+        self.future: Future[Result] | None = None
+
+
+class _Queue(Generic[Item, Result]):
+    """Items in order, of which as many are read as there is room for; no thread ever waits for room."""
+
+    def __init__(self, read: Callable[[Item], Result], size: Callable[[Result], int]) -> None:
+        self.read, self.size = read, size
+        self.slots: deque[_Slot[Item, Result]] = deque()
+        self.threads = ThreadPoolExecutor(WORKERS + 1)
+        self.lock = threading.RLock()
+        self.waiting = 0  # bytes of results nobody has taken
         self.running = 0  # reads
         self.largest = 0  # bytes of a result so far: what a running read is expected to take
-        self.is_open = False
 
-    def enter(self, number: int) -> None:
-        """Wait until there is room for one more; the result that the consumer waits for always has some."""
-        with self.changed:
-            self.changed.wait_for(lambda: self.is_open or number == self.taken or self._fits())
-            self.running += 1
+    def put(self, item: Item) -> None:
+        with self.lock:
+            self.slots.append(_Slot(item))
+            self._start()
 
-    def leave(self, size: int) -> None:
-        with self.changed:
-            self.running -= 1
-            self.waiting += size
-            self.largest = max(self.largest, size)
-            self.changed.notify_all()
+    def take(self) -> Result:
+        """Wait for the first result."""
+        future = self.slots[0].future
+        assert future is not None  # the first one always has room
+        result = future.result()
+        with self.lock:
+            self.slots.popleft()
+            self.waiting -= self.size(result)
+            self._start()
+        return result
 
-    def take(self, size: int) -> None:
-        with self.changed:
-            self.taken += 1
-            self.waiting -= size
-            self.changed.notify_all()
+    def end(self) -> None:
+        """Wait for the reads that run; start no more."""
+        with self.lock:
+            self.slots.clear()
+        self.threads.shutdown(cancel_futures=True)
 
-    def open(self) -> None:
-        """Let everybody go on: nobody takes results any more."""
-        with self.changed:
-            self.is_open = True
-            self.changed.notify_all()
+    def _start(self) -> None:
+        """Begin to read whatever there is room for."""
+        for slot in self.slots:
+            fits = self.waiting + (self.running + 1) * self.largest <= MAX_BYTES and self.running <= WORKERS
+            if slot.future is None and (fits or slot is self.slots[0]):
+                self.running += 1
+                slot.future = self.threads.submit(self._run, slot.item)
+            elif slot.future is None:
+                return
 
-    def _fits(self) -> bool:
-        return self.waiting + (self.running + 1) * self.largest <= MAX_BYTES
+    def _run(self, item: Item) -> Result:
+        done = 0
+        try:
+            result = self.read(item)
+            done = self.size(result)
+            return result
+        finally:
+            with self.lock:
+                self.running -= 1
+                self.waiting += done
+                self.largest = max(self.largest, done)
+                with contextlib.suppress(RuntimeError):  # the interpreter ends
+                    self._start()

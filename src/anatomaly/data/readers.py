@@ -154,7 +154,10 @@ def _pair(values: Sequence[float] | None) -> tuple[float, float] | None:
 
 def _count_here(path: Path) -> int:
     with reading(path):
-        return _FORMATS[_known_format(path)].count(path)
+        count = _FORMATS[_known_format(path)].count(path)
+        if count < 1:
+            raise ReadError("holds no image. It is corrupt or truncated: export it again.")
+        return count
 
 
 def _read_here(path: Path, *, frame: int | None, apply_voi: bool) -> Image:
