@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from anatomaly._version import __version__
 from anatomaly.commands import audit, benchmark, calibrate, data, demo, evaluate, explain, export, fit, predict, release
 from anatomaly.commands.console import fail, instantiated
-from anatomaly.data.decoding import MAX_DECODED_GIB, limit_decoded
 from anatomaly.errors import AnatomalyError, ConfigError
 
 if TYPE_CHECKING:
@@ -84,6 +83,8 @@ def _overview(words: Sequence[str]) -> int:
 def _parse(name: str, words: Sequence[str]) -> Namespace:
     """Read a command's options from flags and YAML, with one line for whatever is wrong."""
     from jsonargparse import ArgumentError, ArgumentParser
+
+    from anatomaly.data.decoding import MAX_DECODED_GIB, limit_decoded
 
     command = COMMANDS[name]
     parser = ArgumentParser(prog=f"anatomaly {name}", description=command.help, exit_on_error=False, allow_abbrev=False)
