@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from anatomaly.backbones import build_backbone
-from anatomaly.config import FitConfig, TrainingConfig
+from anatomaly.config import FitConfig, MethodConfig, TrainingConfig
 from anatomaly.data.manifest import load_manifest
 from anatomaly.detector.conformal import false_positive_range, needed_normals, p_values
 from anatomaly.methods import build_method
@@ -209,7 +209,7 @@ def d24fad(rng, repeats, queries=60):
         counts = {"train": 24, "test_normal": 0, "test_anomalous": 0}
         manifest = load_manifest(write_benchmark(Path(folder) / "data", size=SIZE[0], tasks=tasks, **counts))
         training = TrainingConfig(epochs=10, learning_rate=1e-3, shots=4, batch_size=8, device="cpu")
-        config = FitConfig(preprocessing=Preprocessing(size=SIZE), training=training)
+        config = FitConfig(MethodConfig("d24fad"), preprocessing=Preprocessing(size=SIZE), training=training)
         method = fit(manifest, Path(folder) / "model", config).method
     images = phantom([(patient, 0) for patient in range(POOL)])
     encoded = encode_tensor(method, images)

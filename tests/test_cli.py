@@ -15,11 +15,12 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from PIL import Image
+from scores import read_scores
 
 from anatomaly import __version__, cli
 from anatomaly.cli import COMMANDS, main
 from anatomaly.evaluation.metrics import bootstrap
-from anatomaly.results.writer import read_scores
+from anatomaly.types import Intensity
 
 TINY = ("--teacher.weights=random", "--preprocessing.size=[64,64]", "--training.shots=1", "--training.batch_size=2")
 
@@ -233,7 +234,11 @@ def test_fit_wrote_a_model_and_a_finished_run_is_not_repeated(run, world, caplog
     assert facts["training"]["epochs"] == 1
     before = (world / "model/weights.safetensors").stat().st_mtime_ns
     with caplog.at_level(logging.INFO):
-        assert run(*fit)[:2] == (0, f"model: {world / 'model'}\n")
+        assert run(*fit)[:2] == (
+            0,
+            "attention on efficientnet_lite0, 1 epoch. Patch attention: rebuilds a query from the supports' patches "
+            f"(docs/better.md).\nmodel: {world / 'model'}\n",
+        )
     assert "finished already" in caplog.text
     assert (world / "model/weights.safetensors").stat().st_mtime_ns == before
 
@@ -287,7 +292,9 @@ def test_flags_after_a_file_win_and_the_printed_settings_give_the_same_again(run
     assert (first["training"]["epochs"], first["training"]["seed"], first["training"]["shots"]) == (0, 3, 1)
     assert first["preprocessing"]["size"] == [64, 96]
     assert first["preprocessing"]["intensity"] == {"rule": "range", "low": 0.0, "high": 200.0}
-    assert first["scoring"] == {"blur": 2.0, "pooling": "mean", "top_fraction": 0.01}
+    assert first["scoring"] == {"blur": 2.0, "pooling": "mean", "top_fraction": 0.05}, (
+        "the rest is the default preset's"
+    )
 
 
 def test_ctrl_c_during_training_is_130(run, world, tmp_path, monkeypatch):
@@ -349,9 +356,9 @@ def test_supports_of_a_labelled_set_are_its_normal_training_images(run, world, t
 
 
 def test_an_image_labelled_anomalous_is_no_support(run, world, tmp_path):
-    rows = ["path,label"] + [f"{n}.png,{label}" for n, label in enumerate(("normal", "anomalous", ""))]
-    (world / "normals/table.csv").write_text("\n".join(rows))
-    words = ("--images", world / "normals/1.png", "--support", world / "normals/table.csv")
+    rows = ["path,label"] + [f"normals/{n}.png,{label}" for n, label in enumerate(("normal", "anomalous", ""))]
+    (world / "table.csv").write_text("\n".join(rows))
+    words = ("--images", world / "normals/1.png", "--support", world / "table.csv")
     assert run(*predict(world, tmp_path / "out", *words)).code == 0
     assert json.loads((tmp_path / "out/scores.jsonl").read_text())["support"] == ["0.png", "2.png"]
 
@@ -477,7 +484,10 @@ def test_predictions_that_cannot_be_made_are_one_line(words, message, refused, w
         ("scoring", {"blur": "x"}, "is damaged"),
         ("scoring", {"pooling": "median"}, "scoring.pooling: got median"),
         ("scoring", {"colour": 1}, "not a model bundle"),
-        ("method", {"distance": "l2"}, "method.distance: got l2"),
+        ("method", {"attention": {"deepest": -1}}, "method.attention.deepest: got -1"),
+        ("method", {"attention": {"depth": 2}}, "not a model bundle"),
+        ("method", {"colour": 1}, "method: unknown setting 'colour'"),
+        ("method", {"name": "best"}, "method: unknown name 'best'"),
         ("teacher", {"name": 5}, "teacher.name: got 5"),
         ("teacher", {"normalise": "no"}, "teacher.normalise: got 'no'"),
     ],
@@ -511,7 +521,7 @@ def test_evaluate_prints_a_table_and_writes_it(run, world, tmp_path):
     assert "image AUROC" in out
     [facts] = json.loads((tmp_path / "evaluation.json").read_text())
     assert (facts["task"], facts["shots"], facts["draws"], facts["images"]) == ("head_ct", 2, 1, 6)
-    assert len((tmp_path / "scores.csv").read_text().splitlines()) == 1 + 6
+    assert len((tmp_path / "test_scores.csv").read_text().splitlines()) == 1 + 6
     assert len((tmp_path / "draws.csv").read_text().splitlines()) == 1 + 1
 
 
@@ -545,7 +555,7 @@ def test_importing_what_is_no_checkpoint_is_one_line(refused, world, tmp_path):
 
 
 def test_the_demo_runs_from_images_to_report_once(run, refused, tmp_path, monkeypatch):
-    from anatomaly.commands import demo
+    from anatomaly.benchmark import demo
 
     draw = demo.write_benchmark
 
@@ -555,17 +565,20 @@ def test_the_demo_runs_from_images_to_report_once(run, refused, tmp_path, monkey
     monkeypatch.setattr(demo, "write_benchmark", few)
     monkeypatch.setattr(demo, "_SHOTS", (1, 2))
     monkeypatch.setattr("anatomaly.evaluation.evaluate.bootstrap", partial(bootstrap, samples=10))
-    monkeypatch.setattr(demo, "_D24FAD", replace(demo._D24FAD, epochs=1))
-    ours = demo.load_preset()
-    short = replace(ours, training=replace(ours.training, epochs=1, shots=2))
-    monkeypatch.setattr(demo, "load_preset", lambda: short)
+    load = demo.load_preset
+
+    def short(name):
+        config = load(name)
+        return replace(config, training=replace(config.training, epochs=1, shots=2))
+
+    monkeypatch.setattr(demo, "load_preset", short)
     monkeypatch.setattr("anatomaly.training.lesion_episodes.STEPS", 2)
     code, out, _ = run("demo", "--out", tmp_path / "demo")
     assert code == 0
     assert out.endswith(f"Report: {tmp_path / 'demo/report.html'}\n")
-    assert all(name in out for name in ("D24FAD", "patch attention", "patch nearest neighbours"))
+    assert all(name in out for name in ("d24fad", "attention", "nearest"))
     assert "A task nobody trained on" in (tmp_path / "demo/report.html").read_text()
-    for model in ("D24FAD", "patch_attention"):
+    for model in ("d24fad", "attention"):
         config = json.loads((tmp_path / f"demo/models/{model}/config.json").read_text())
         assert "head_ct" not in config["training"]["tasks"]
     assert "report.html: already exists" in refused("demo", "--out", tmp_path / "demo")
@@ -633,3 +646,81 @@ def test_help_and_version_load_none_of_the_heavy_libraries():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# --- what is left out, names and terminals of any encoding, words that YAML takes for something else ---
+
+
+def test_data_check_fit_and_predict_say_in_one_line_what_they_left_out(run, world, tmp_path):
+    for number in range(3):
+        write_png(tmp_path / f"in/train/good/{number}.png", number)
+    for name in ("a.txt", "b.xml", ".DS_Store"):
+        (tmp_path / "in/train/good" / name).write_text("text")
+    line = "3 files left out: 2 not an image, 1 hidden"
+    assert line in run("data", "check", tmp_path / "in").out.splitlines()
+    fit = run("fit", "--data", tmp_path / "in", "--out", tmp_path / "m", *TINY, "--method.name=nearest")
+    assert fit.out.splitlines()[0] == f"{tmp_path / 'in'}: {line}"
+    both = ("--images", tmp_path / "in/train", "--support", tmp_path / "in/train/good")
+    out = run(*predict(world, tmp_path / "o", *both)).out.splitlines()
+    assert [f"{tmp_path / 'in/train'}: {line}", f"{tmp_path / 'in/train/good'}: {line}"] == out[:2]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names are bytes on POSIX only")
+def test_names_that_are_not_utf_8_pass_through_every_table(run, world, tmp_path):
+    for number in range(4):
+        write_png(tmp_path / f"in/train/good/{number}.png", number)
+        write_png(tmp_path / f"in/test/{'good' if number % 2 else 'bad'}/{number}.png", 10 + number)
+    for folder in ("train/good", "test/bad"):
+        (tmp_path / "in" / folder / "0.png").rename(tmp_path / "in" / folder / os.fsdecode(b"M\xfcller.png"))
+    assert run("data", "check", tmp_path / "in", "--csv", tmp_path / "t.csv").code == 0
+    assert b"M\xfcller.png" in (tmp_path / "t.csv").read_bytes()
+    data = ("--model", world / "model", "--data", tmp_path / "t.csv", "--shots", "2", "--draws", "1")
+    assert run("evaluate", *data, "--out", tmp_path / "e").code == 0
+    assert "M\\udcfcller.png" in (tmp_path / "e/scores.csv").read_text(encoding="utf-8")
+    both = ("--images", tmp_path / "in/test", "--support", tmp_path / "in/train/good", "--shots", "2")
+    assert run(*predict(world, tmp_path / "o", *both)).code == 0
+    rows = [json.loads(line) for line in (tmp_path / "o/scores.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert os.fsdecode(b"M\xfcller.png") in {Path(row["path"]).name for row in rows}
+
+
+@pytest.mark.parametrize(
+    "environment", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
+)
+def test_a_terminal_that_cannot_show_a_name_loses_nothing(tmp_path, environment):
+    write_png(tmp_path / "in/\u4e2d\u00fc.png")
+    write_png(tmp_path / "in/\u4e2d\u00fd.png")
+    words = [sys.executable, "-m", "anatomaly.cli", "data", "check", tmp_path / "in", "--csv", tmp_path / "t.csv"]
+    done = subprocess.run(words, env={**os.environ, **environment}, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"warning: 1 images are repeated" in done.stdout
+    assert "\u4e2d\u00fd.png" in (tmp_path / "t.csv").read_text(encoding="utf-8")
+
+
+def test_the_table_is_on_disk_before_anything_is_printed(tmp_path, monkeypatch):
+    write_png(tmp_path / "in/a.png")
+    monkeypatch.setattr("builtins.print", lambda *_, **__: (_ for _ in ()).throw(BrokenPipeError()))
+    monkeypatch.setattr(os, "dup2", lambda *_: None)
+    assert main(["data", "check", str(tmp_path / "in"), "--csv", str(tmp_path / "t.csv")]) == 141
+    assert "a.png" in (tmp_path / "t.csv").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["no", "yes", "2024", "null", "1e3", "0x1f", "~"])
+def test_words_of_yaml_are_names_of_tasks(tmp_path, name):
+    rules = f"task_intensity: {{{name}: {{rule: range, low: 0, high: 255}}}}"
+    (tmp_path / "s.yaml").write_text(f"training: {{resample: no, epochs: 1_0}}\ntasks: [{name}]\n{rules}\n")
+    options = cli._parse("fit", ["--data=d", "--out=o", "-c", str(tmp_path / "s.yaml")])
+    assert options.task_intensity == {name: Intensity("range", 0, 255)}
+    assert (options.tasks, options.training.resample, options.training.epochs) == ([name], False, 10)
+    words = [f"--task_intensity={{{name}: {{rule: window, low: 4e1, high: 80}}}}", "--training.keep_checkpoints=on"]
+    options = cli._parse("fit", ["--data=d", "--out=o", f"--tasks=[{name}, b]", *words])
+    assert options.task_intensity == {name: Intensity("window", 40, 80)}
+    assert (options.tasks, options.training.keep_checkpoints) == ([name, "b"], True)
+    assert cli._parse("fit", ["--data=d", "--out=o", "--tasks=null"]).tasks is None
+
+
+def test_a_task_called_no_is_trained(run, tmp_path):
+    for number in range(2):
+        write_png(tmp_path / f"no/train/good/{number}.png", number)
+    words = ("--data", tmp_path, *TINY, "--method.name=nearest", "--training.validation=0.5", "--tasks=[no]")
+    assert run("fit", *words, "--out", tmp_path / "m", "--task_intensity={no: {rule: range, high: 255}}").code == 0
+    assert list(json.loads((tmp_path / "m/config.json").read_text())["task_intensity"]) == ["no"]

@@ -16,7 +16,7 @@ from anatomaly.config import (
     with_later_settings,
 )
 from anatomaly.errors import ConfigError
-from anatomaly.methods.settings import AttentionSettings, D24FADSettings
+from anatomaly.methods.settings import AttentionSettings, D24FADSettings, PDDSettings
 from anatomaly.types import Intensity, Preprocessing, Scoring
 
 
@@ -72,11 +72,31 @@ def test_parts_of_attention_out_of_range_are_refused_by_name(name, values):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("name", "pd"), ("distance", "l2"), ("softmax_scale", ""), ("tsd_weight", math.nan)]
+    ("name", "value"),
+    [("distance", "l2"), ("softmax_scale", ""), ("tsd_weight", math.nan), ("learn_to_weight", 1)],
 )
 def test_method_settings_are_checked(name, value):
-    with pytest.raises(ConfigError, match=rf"^method\.{name}: got {value}, expected "):
-        MethodConfig(**{name: value})
+    with pytest.raises(ConfigError, match=rf"^method\.d24fad\.{name}: got {value}, expected "):
+        D24FADSettings(**{name: value})
+
+
+def test_a_method_is_known_and_takes_its_own_settings():
+    assert MethodConfig("pdd").settings == PDDSettings()
+    with pytest.raises(ConfigError, match=r"^method: unknown name 'pd', expected one of .* Did you mean pdd\?"):
+        MethodConfig("pd")
+    with pytest.raises(ConfigError, match=r"^method\.pdd: got a D24FADSettings, expected a PDDSettings"):
+        MethodConfig("pdd", D24FADSettings())
+
+
+def test_a_method_is_spelled_under_its_name_and_read_in_the_former_spelling_too():
+    config = MethodConfig("d24fad", D24FADSettings(tsd_weight=0.3))
+    assert config.as_dict() == {"name": "d24fad", "d24fad": asdict(config.settings)}
+    former = {**asdict(D24FADSettings()), "pdd": asdict(PDDSettings(mpa=False)), "attention": {"mirrored": False}}
+    assert MethodConfig.from_dict(config.as_dict()) == config
+    assert MethodConfig.from_dict({"name": "d24fad", **former, "tsd_weight": 0.3}) == config
+    assert MethodConfig.from_dict({"name": "pdd", **former}) == MethodConfig("pdd", PDDSettings(mpa=False))
+    assert MethodConfig.from_dict({"name": "nearest", **former}) == MethodConfig("nearest")
+    assert MethodConfig.from_dict({"name": "attention", **former}).settings == AttentionSettings(mirrored=False)
 
 
 @pytest.mark.parametrize(("name", "value"), [("name", 5), ("weights", None), ("normalise", "no")])
@@ -104,7 +124,7 @@ def test_teacher_settings_of_another_type_are_refused(name, value):
 )
 def test_settings_of_images_and_scores_are_checked(changes, where):
     with pytest.raises(ConfigError, match=f"^{where}"):
-        FitConfig(**changes)
+        FitConfig(MethodConfig("nearest"), **changes)
 
 
 @pytest.mark.parametrize(
@@ -139,12 +159,10 @@ def test_a_recorded_run_gets_the_settings_that_came_later():
     defaults = TrainingConfig()
     assert {name: getattr(defaults, name) for name in later} == later, "today's defaults do what those runs did"
     assert with_later_settings({}) == {}
-    assert with_later_settings({"method": {"name": "nearest"}})["method"] == {
-        "name": "nearest",
-        "attention": asdict(AttentionSettings()),
-    }
-    own = {"method": {"name": "attention", "attention": {"mirrored": False}}}
-    assert with_later_settings(own) == own
+    former = {"name": "attention", "distance": "flattened", "attention": {"mirrored": False}, "pdd": {"mpa": True}}
+    own = MethodConfig("attention", AttentionSettings(mirrored=False))
+    assert with_later_settings({"method": former}) == with_later_settings({"method": own.as_dict()})
+    assert with_later_settings({"method": former})["method"] == own.as_dict()
 
 
 def test_the_preset_of_attention_is_a_valid_setting(monkeypatch, phantom):

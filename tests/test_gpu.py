@@ -25,14 +25,16 @@ def test_scores_on_cuda_are_those_of_the_cpu(name):
 
 
 def test_fit_and_predict_on_cuda(tmp_path):
-    from anatomaly.config import FitConfig, TrainingConfig
+    from anatomaly.config import FitConfig, MethodConfig, TrainingConfig
     from anatomaly.data.manifest import load_manifest
     from anatomaly.synthetic.phantom import write_benchmark
     from anatomaly.training.fit import fit
 
     tasks = ("brain_mr", "head_ct")
     manifest = load_manifest(write_benchmark(tmp_path / "data", train=12, test_normal=2, test_anomalous=2, tasks=tasks))
-    config = FitConfig(training=TrainingConfig(shots=2, epochs=2, device="cuda", precision="bf16"))
+    config = FitConfig(
+        MethodConfig("d24fad"), training=TrainingConfig(shots=2, epochs=2, device="cuda", precision="bf16")
+    )
     detector = fit(manifest, tmp_path / "model", config)
     rows = manifest.select(task="head_ct", split="train").samples[:2]
     detector.set_support(rows, task="head_ct")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import anatomaly
+from anatomaly.methods.table import METHODS
 
 PACKAGE = Path(anatomaly.__file__).parent
 ROWS = (  # a module may import modules of lower rows, and its own folder's
@@ -22,7 +23,7 @@ ROWS = (  # a module may import modules of lower rows, and its own folder's
     "methods timm_models",
     "backbones evaluation",
     "data synthetic scoring",
-    "files",
+    "files tables",
     "types errors _version",
 )
 ROW = {name: row for row, names in enumerate(ROWS) for name in names.split()}
@@ -89,6 +90,22 @@ def test_the_files_of_a_folder_do_not_import_in_circles_or_from_its_init():
 
 def test_config_is_read_at_the_top_only():
     assert {top(name) for name, needs in NEEDS.items() if "config" in needs} <= READ_CONFIG
+
+
+def test_nobody_asks_for_a_methods_name():
+    """Whoever wants to know something of a method asks its record; `mode="nearest"` is scipy's word for edges."""
+    found = {}
+    for module, tree in TREES.items():
+        if top(module) in ("methods", "presets"):
+            continue
+        of_scipy = {id(each.value) for each in ast.walk(tree) if isinstance(each, ast.keyword) and each.arg == "mode"}
+        words = (each for each in ast.walk(tree) if isinstance(each, ast.Constant) and id(each) not in of_scipy)
+        found |= {f"{module}:{each.lineno}": each.value for each in words if each.value in METHODS.built_in}
+    assert not found
+
+
+def test_few_files_lie_in_the_root():
+    assert len(list(PACKAGE.glob("*.py"))) <= 10
 
 
 @pytest.mark.parametrize("name", TREES)

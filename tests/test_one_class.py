@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scores import read_scores
 from torchvision.models import wide_resnet50_2
 
 from anatomaly.backbones import build_backbone
@@ -18,12 +19,11 @@ from anatomaly.config import FitConfig, MethodConfig, TeacherConfig, TrainingCon
 from anatomaly.data.transforms import load
 from anatomaly.detector.detector import Detector
 from anatomaly.errors import ConfigError
-from anatomaly.evaluation.cells import table_of
 from anatomaly.evaluation.evaluate import evaluate
+from anatomaly.evaluation.evaluation import table_of
 from anatomaly.evaluation.metrics import bootstrap
 from anatomaly.evaluation.protocols import samples_to_test, split_normals
 from anatomaly.methods.settings import PDDSettings
-from anatomaly.results.writer import read_scores
 from anatomaly.scoring import predict_tensor, scale_from_normals
 from anatomaly.training.fit import fit
 from anatomaly.types import Intensity, Preprocessing
@@ -48,7 +48,8 @@ def settings(*, far="timm/resnet18", pdd=None, **choices):
 def quick():
     """Intervals of 20 samples, which nobody looks at; a teacher, which is frozen, is built once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("anatomaly.evaluation.evaluate.bootstrap", partial(bootstrap, samples=20))
+        for module in ("evaluate", "evaluation"):
+            patch.setattr(f"anatomaly.evaluation.{module}.bootstrap", partial(bootstrap, samples=20))
         build = cache(build_backbone)
         for module in ("anatomaly.training.fit", "anatomaly.detector.bundle"):
             patch.setattr(f"{module}.build_backbone", build)
@@ -113,7 +114,7 @@ def test_one_class_is_trained_with_every_part_of_the_loss(one):
     assert set(facts["map_ranges"]) == {"head_ct"}
     assert list(detector.method.teachers) == ["local", "global"]
     (line,) = [json.loads(line) for line in (folder / "training/progress.jsonl").read_text().splitlines()]
-    pdd = detector.method
+    pdd = detector.method.settings
     parts = pdd.reconstruction_weight * (line["plain_mse"] + line["prior_mse"])
     parts += pdd.cosine_weight * line["prior_cosine"] + pdd.diversity_weight * line["relation"]
     assert line["total"] == pytest.approx(parts, rel=1e-5)
@@ -203,13 +204,13 @@ def test_evaluation_is_once_and_of_the_tasks_own_rule(task, several, phantom):
     samples = judged(phantom, task)
     assert found.samples == samples
     check_close(found.scores[0], scores_of(detector, samples, DARK if task == "head_ct" else Intensity()))
-    columns, rows, note = table_of([("", found)])
-    assert columns[:2] == ["task", "image AUROC"]
-    assert {len(row) for row in rows} == {len(columns)}
-    assert note.startswith("No support")
-    columns, rows, _ = table_of([("pdd", found), ("d24fad", replace(found, shots=4))])
-    assert columns[:3] == ["task", "method", "K"]
-    assert [row[2] for row in rows] == ["0", "4"]
+    table = table_of([("", found)])
+    assert table.columns[:2] == ["task", "image AUROC"]
+    assert {len(row) for row in table.rows} == {len(table.columns)}
+    assert table.note.startswith("No support")
+    table = table_of([("pdd", found), ("d24fad", replace(found, shots=4))])
+    assert table.columns[:3] == ["task", "method", "K"]
+    assert [row[2] for row in table.rows] == ["0", "4"]
 
 
 def test_evaluate_on_the_command_line(several, phantom, tmp_path, capsys):
@@ -222,7 +223,7 @@ def test_evaluate_on_the_command_line(several, phantom, tmp_path, capsys):
     tasks = [*phantom.tasks, "all tasks"]
     assert [(each["task"], each["shots"], each["draws"]) for each in facts] == [(task, 0, 1) for task in tasks]
     (expected,) = evaluate(several[1], phantom, task="head_ct")
-    rows = [row for row in csv.DictReader((tmp_path / "scores.csv").open()) if row["task"] == "head_ct"]
+    rows = [row for row in csv.DictReader((tmp_path / "test_scores.csv").open()) if row["task"] == "head_ct"]
     check_close([float(row["score"]) for row in rows], expected.scores[0])
 
 
@@ -309,9 +310,11 @@ def test_fit_on_the_command_line(phantom, tmp_path, capsys):
     where = (f"--data={phantom.source}", f"--out={tmp_path}", "--tasks=[brain_mr]")
     pdd = ("--method.name=pdd", "--method.pdd.diversity_weight=0.25", "--method.pdd.shared_students=true")
     assert main(["fit", *where, *teachers, *small, *pdd]) == 0
-    assert capsys.readouterr().out == f"model: {tmp_path}\n"
+    first, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("pdd on efficientnet_lite0, 1 epoch.")
+    assert last == f"model: {tmp_path}"
     loaded = Detector.load(tmp_path, device="cpu")
-    assert loaded.method.diversity_weight == 0.25
+    assert loaded.method.settings.diversity_weight == 0.25
     assert len(loaded.method.students) == 1
     assert [teacher.name for teacher in loaded.method.teachers.values()] == ["efficientnet_lite0", "timm/resnet18"]
 
@@ -355,12 +358,11 @@ def test_an_official_checkpoint_is_imported_and_judges_an_image(phantom, tmp_pat
     assert capsys.readouterr().out == f"model: {tmp_path / 'model'}\n"
     detector = saved[str(tmp_path / "model")]
     facts = detector.facts
-    names = (facts["teacher"]["name"], facts["global_teacher"]["name"])
-    assert names == ("timm/wide_resnet50_2.racm_in1k", "vmamba_tiny_merged")
-    assert facts["teacher"]["weights"] == facts["global_teacher"]["weights"] == "file"
+    assert tuple(teacher.name for teacher in facts.teachers) == ("timm/wide_resnet50_2.racm_in1k", "vmamba_tiny_merged")
+    assert {teacher.weights for teacher in facts.teachers} == {"file"}
     assert detector.preprocessing == Preprocessing((256, 256), "squash", "bilinear")
-    assert (facts["method"]["pdd"]["shared_students"], facts["method"]["pdd"]["cosine_sign"]) == (True, "release")
-    assert (len(detector.method.students), detector.method.cosine_sign) == (1, "release")
+    assert (facts.method.settings.shared_students, facts.method.settings.cosine_sign) == (True, "release")
+    assert (len(detector.method.students), detector.method.settings.cosine_sign) == (1, "release")
     (found,) = detector.predict([judged(phantom)[0].path])
     assert found.error is None
     assert np.isfinite(found.score)

@@ -1,14 +1,17 @@
 """The presets as the command line reads them: they hold the numbers of the papers and releases, and flags win."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
 import pytest
 
 from anatomaly.cli import main
 from anatomaly.config import FitConfig, MethodConfig
 from anatomaly.errors import ConfigError
-from anatomaly.methods.settings import D24FADSettings, PDDSettings
-from anatomaly.presets import DEFAULT_PRESET, load_preset, preset_file, preset_names
+from anatomaly.methods import METHODS
+from anatomaly.methods.settings import AttentionSettings, D24FADSettings, PDDSettings
+from anatomaly.presets import DEFAULT_PRESET, configured, defaults_of, load_preset, preset_file, preset_names
+from anatomaly.training.fit import fit
 from anatomaly.types import Intensity, Preprocessing
 
 #: What the specifications say, written down from them and not from the files.
@@ -16,10 +19,10 @@ D24FAD = {
     "teacher.name": "wide_resnet50_2",
     "teacher.normalise": False,
     "method.name": "d24fad",
-    "method.softmax_scale": "channels",
-    "method.tsd_weight": 0.1,
-    "method.self_distillation": True,
-    "method.learn_to_weight": True,
+    "method.settings.softmax_scale": "channels",
+    "method.settings.tsd_weight": 0.1,
+    "method.settings.self_distillation": True,
+    "method.settings.learn_to_weight": True,
     "preprocessing": Preprocessing((128, 128), "squash", "lanczos", Intensity()),
     "scoring.blur": 4.0,
     "training.epochs": 70,
@@ -78,13 +81,13 @@ EXPECTED = {
     "attention": ATTENTION,
     "d24fad-release": {
         **D24FAD,
-        "method.distance": "flattened",
+        "method.settings.distance": "flattened",
         "scoring.pooling": "max",
         "training.resample": False,
     },
-    "d24fad-paper": {**D24FAD, "method.distance": "positionwise", "scoring.pooling": "mean"},
-    "pdd-release": {**PDD, "method.pdd": PDDSettings(shared_students=True, cosine_sign="release", **PARTS)},
-    "pdd-paper": {**PDD, "method.pdd": PDDSettings(shared_students=False, cosine_sign="paper", **PARTS)},
+    "d24fad-paper": {**D24FAD, "method.settings.distance": "positionwise", "scoring.pooling": "mean"},
+    "pdd-release": {**PDD, "method.settings": PDDSettings(shared_students=True, cosine_sign="release", **PARTS)},
+    "pdd-paper": {**PDD, "method.settings": PDDSettings(shared_students=False, cosine_sign="paper", **PARTS)},
 }
 
 
@@ -96,7 +99,8 @@ def settings_of(monkeypatch, phantom):
         called = []
         monkeypatch.setattr("anatomaly.training.fit.fit", lambda manifest, out, config: called.append(config))
         monkeypatch.setattr(
-            "anatomaly.benchmark.ablation.run_ablation", lambda manifest, out, base, **_: called.append(base) or []
+            "anatomaly.benchmark.ablation.run_ablation",
+            lambda manifest, out, base, **_: (called.append(base) or [], []),
         )
         where = ["--data", str(phantom.source), "--out", "unused"]
         assert main([*command, *where, *map(str, words)]) == 0
@@ -126,7 +130,7 @@ def value(config, name):
 
 
 def test_all_presets_are_known_here():
-    assert preset_names() == sorted(EXPECTED)
+    assert preset_names() == sorted({*EXPECTED, *METHODS.built_in, "d24fad-quick"})
     assert all(preset_file(name).is_file() for name in EXPECTED)
 
 
@@ -142,32 +146,64 @@ def test_a_preset_holds_the_numbers_of_its_source(name, settings_of):
     assert settings_of("--preset", name, command=("benchmark", "ablation", name.split("-")[0])) == config
 
 
-def test_fit_has_a_preset_of_its_own_unless_a_file_or_a_method_is_named(settings_of, tmp_path):
-    file = tmp_path / "mine.yaml"
+def test_defaults_follow_the_method_and_files_lie_over_them(settings_of, tmp_path):
+    file, other = tmp_path / "mine.yaml", tmp_path / "other.yaml"
     file.write_text("training: {epochs: 2}", encoding="utf-8")
-    ours = settings_of("--preset", DEFAULT_PRESET)
-    assert settings_of() == ours
-    assert settings_of("--training.seed", "3").method.name == "attention"
-    assert settings_of("--method.name", "d24fad") == FitConfig(method=MethodConfig(name="d24fad"))
-    assert settings_of("--method.tsd_weight", "0.2") == FitConfig(
-        method=MethodConfig("d24fad", D24FADSettings(tsd_weight=0.2))
-    )
+    other.write_text("method: {name: d24fad}\ntraining: {epochs: 2}", encoding="utf-8")
+    ours, theirs = load_preset(), load_preset("d24fad")
+    assert settings_of() == ours == settings_of("--preset", DEFAULT_PRESET) == settings_of("--method.name=attention")
+    assert settings_of("--training.seed", "3") == replace(ours, training=replace(ours.training, seed=3))
+    assert settings_of("--method.name", "d24fad") == theirs != ours
+    for flag in (("-c", file), ("--config", file), (f"--config={file}",)):
+        assert settings_of(*flag) == replace(ours, training=replace(ours.training, epochs=2))
+    assert settings_of("-c", other) == replace(theirs, training=replace(theirs.training, epochs=2))
+    assert settings_of("-c", other, "--method.name=attention").scoring == ours.scoring
+
+
+def test_the_settings_of_a_method_choose_it(settings_of, refused, capsys):
+    ours = load_preset()
     for words in (("--method.attention.mirrored", "false"), ("--method.attention.mirrored=false",)):
-        attention = replace(ours.method.settings, mirrored=False)
-        assert settings_of(*words) == replace(ours, method=replace(ours.method, attention=attention))
-    for flag in ("-c", "--config"):
-        assert settings_of(flag, file).training.epochs == 2
-        assert settings_of(flag, file).method.name == "d24fad"
-    assert settings_of(f"--config={file}").training.batch_size == FitConfig(MethodConfig("d24fad")).training.batch_size
+        assert settings_of(*words) == replace(ours, method=MethodConfig("attention", AttentionSettings(mirrored=False)))
+    assert settings_of("--method.pdd.mpa=false").method == MethodConfig("pdd", PDDSettings(mpa=False))
+    where = ("fit", "--data", "x", "--out", "y")
+    assert "settings of d24fad and pdd, but no method" in refused(
+        *where, "--method.pdd.mpa=false", "--method.d24fad.tsd_weight=1"
+    )
+    assert "settings of pdd, but the method is nearest" in refused(
+        *where, "--method.pdd.mpa=false", "--method.name=nearest"
+    )
 
 
-def test_the_ablation_of_the_default_method_starts_from_its_preset(settings_of):
+def test_former_spellings_are_accepted_with_a_line(settings_of, tmp_path, caplog):
+    wanted = MethodConfig("d24fad", D24FADSettings(tsd_weight=0.2))
+    file = tmp_path / "former.yaml"
+    file.write_text("method: {name: d24fad, tsd_weight: 0.2}", encoding="utf-8")
+    for words in (("--method.tsd_weight", "0.2"), ("--method.tsd_weight=0.2",), ("-c", file)):
+        caplog.clear()
+        assert settings_of(*words) == replace(load_preset("d24fad"), method=wanted)
+        assert "--method.tsd_weight is now --method.d24fad.tsd_weight." in caplog.text
+
+
+def test_an_ablation_starts_from_what_goes_with_its_method(settings_of):
     words = ("--preset", DEFAULT_PRESET)
     assert settings_of(command=("benchmark", "ablation", "attention")) == settings_of(*words)
-    assert settings_of(command=("benchmark", "ablation", "d24fad")) == FitConfig(MethodConfig("d24fad"))
-    assert settings_of("--method.name", "attention", command=("benchmark", "ablation", "attention")).training == (
-        FitConfig(MethodConfig("d24fad")).training
-    )
+    assert settings_of(command=("benchmark", "ablation", "d24fad")) == load_preset("d24fad")
+    named = settings_of("--out", "attention", command=("benchmark", "ablation", "pdd"))  # a word that means nothing
+    assert named == load_preset("pdd")
+
+
+@pytest.mark.parametrize("name", METHODS.built_in)
+def test_what_goes_with_a_method_is_the_preset_of_its_name(name):
+    assert configured(defaults_of(name)) == load_preset(name)
+    assert load_preset(name).method == MethodConfig(name)
+
+
+def test_fit_in_python_and_on_the_command_line_do_the_same_by_default(settings_of, phantom, tmp_path, monkeypatch):
+    monkeypatch.setattr("anatomaly.training.fit.train_student", lambda *_: {})
+    made = fit(phantom, tmp_path / "model")
+    assert json.loads((tmp_path / "model/training/run.json").read_text())["training"] == asdict(settings_of().training)
+    assert made.facts.method == settings_of().method
+    assert (made.scoring, made.preprocessing) == (settings_of().scoring, settings_of().preprocessing)
 
 
 def test_what_comes_later_wins(settings_of, tmp_path):
@@ -184,13 +220,13 @@ def test_what_comes_later_wins(settings_of, tmp_path):
     config = settings_of(*pdd, "--config", file, "--scoring.blur=2")
     assert (config.training.epochs, config.training.batch_size) == (4, 10)
     assert (config.scoring.pooling, config.scoring.blur) == ("mean", 2.0)
-    assert settings_of("--preset=d24fad-paper", *pdd).method.name == "pdd"
+    assert settings_of("--preset=d24fad-paper", "--preset", "attention").method.name == "attention"
 
 
 @pytest.mark.parametrize("words", [["--preset", "pdd-papr"], ["--preset=pdd-papr"]])
 def test_an_unknown_preset_names_the_nearest(words, refused):
     line = refused("fit", "--data", "x", "--out", "y", *words)
-    assert "preset: unknown name 'pdd-papr', expected one of attention, d24fad-paper, d24fad-release, pdd-paper" in line
+    assert "preset: unknown name 'pdd-papr', expected one of attention, d24fad, d24fad-paper" in line
     assert line.endswith("Did you mean pdd-paper?\n")
 
 

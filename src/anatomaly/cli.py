@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from anatomaly._version import __version__
 from anatomaly.commands import audit, benchmark, calibrate, data, demo, evaluate, explain, export, fit, predict, release
-from anatomaly.commands.console import fail, instantiated
+from anatomaly.commands.console import fail, instantiated, never_fail_to_print
 from anatomaly.errors import AnatomalyError, ConfigError
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from jsonargparse import ArgumentParser, Namespace
 
-_WITHOUT_IMAGES = ("demo", "data phantom", "data list", "export", "import d24fad", "import pdd")
 _CANNOT_WRITE = (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT, errno.EFBIG)
 
 
@@ -34,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0; 1 if `data check` found errors; 2 for input that cannot be used, told in one line; 130 if interrupted; 141 if
         the reader of a pipe went away.
     """
+    never_fail_to_print()
     words = list(sys.argv[1:] if arguments is None else arguments)
     name = next((n for n in (" ".join(words[:2]), " ".join(words[:1])) if n in COMMANDS), None)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger(library).setLevel(logging.WARNING)
     try:
         code = _overview(words) if name is None else COMMANDS[name].run(_parse(name, words[len(name.split()) :]))
-        sys.stdout.flush()
+        print(end="", flush=True)  # there may be no standard output at all
         return code
     except AnatomalyError as err:
         return fail(str(err))
@@ -82,15 +82,17 @@ def _overview(words: Sequence[str]) -> int:
 
 def _parse(name: str, words: Sequence[str]) -> Namespace:
     """Read a command's options from flags and YAML, with one line for whatever is wrong."""
-    from jsonargparse import ArgumentError, ArgumentParser
+    import yaml
+    from jsonargparse import ArgumentError, ArgumentParser, set_loader
 
     from anatomaly.data.decoding import MAX_DECODED_GIB, limit_decoded
 
+    set_loader("yaml", _load_yaml, (yaml.YAMLError,))
     command = COMMANDS[name]
     parser = ArgumentParser(prog=f"anatomaly {name}", description=command.help, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("-c", "--config", action="config", help="YAML file with these settings; flags after it win.")
     command.arguments(parser)
-    if name not in _WITHOUT_IMAGES:
+    if command.reads_images:
         parser.add_argument(
             "--max_decoded_gib",
             type=float,
@@ -106,7 +108,7 @@ def _parse(name: str, words: Sequence[str]) -> Namespace:
             options = instantiated(parser, parser.parse_args(words))
         if preset := options.get("preset"):  # from a file, where what it should give way to cannot be told
             raise ConfigError(f"{name}: a preset cannot be named in a file. Give it as a flag: --preset {preset}.")
-        if name not in _WITHOUT_IMAGES:
+        if command.reads_images:
             limit_decoded(options.max_decoded_gib)
         return options
     except ArgumentError as err:
@@ -121,32 +123,66 @@ def _parse(name: str, words: Sequence[str]) -> Namespace:
         ) from err
 
 
+def _load_yaml(text: str) -> Any:
+    """Read YAML with all words and numbers as text, for jsonargparse to read as the type of the setting.
+
+    A task may be called `no` or `2024`, which YAML would take for false and a number.
+    """
+    import yaml
+
+    null, merge, plain = (f"tag:yaml.org,2002:{name}" for name in ("null", "merge", "str"))
+
+    class Words(yaml.SafeLoader):
+        yaml_implicit_resolvers = {  # noqa: RUF012 as in PyYAML
+            first: [(tag, pattern) for tag, pattern in resolvers if tag in (null, merge)]
+            for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            for key, _ in node.value:
+                key.tag = plain if key.tag == null else key.tag
+            return super().construct_mapping(node, deep)
+
+        def construct_sequence(self, node: Any, deep: bool = False) -> list[Any]:
+            for item in node.value:
+                item.tag = plain if item.tag == null else item.tag
+            return super().construct_sequence(node, deep)
+
+    value = yaml.load(text, Words)
+    only_keys = isinstance(value, dict) and value and all(each is None for each in value.values())
+    return text if only_keys else value  # a name such as `brain:` or `{a, b}`
+
+
+#: What jsonargparse says, and how we say it; each is held to the installed version by tests/test_cli.py.
+_REWORDED = (
+    (
+        r"Does not validate against any of the Union subtypes.*? Errors: "
+        r"- (?:Expected a <class 'NoneType'> - )?(.*?) (?:- |Given value type).*Given value: (.*)",
+        r"\1. Got \2",
+    ),
+    (
+        r"Option '([^']+)' is required but not provided or its value is None",
+        r"the following arguments are required: \1",
+    ),
+    (r"Expected a dot import path string: .*?\. Got", "Expected braces, such as '{rule: range, low: 0}'. Got"),
+    (r"Problem with given class_path '[^']+': ", ""),
+    (r"(\. Got value: \S+)\. Got NestedArg.*", r"\1"),
+    (r'Parser key "([^"]+)": Expected', r"--\1: expected"),
+    (r'Parser key "([^"]+)"', r"--\1"),
+    (r"a <class '(?:list|tuple)'>", "a list in brackets"),
+    (r"a <class 'int'>", "a whole number"),
+    (r"a <class 'float'>", "a number"),
+    (r"a <class 'bool'>", "true or false"),
+    (r"a typing.Literal\[(.*?)\]", r"one of \1"),
+    (r"\. Got value: ", ", got "),
+    (r"\. Got ", ", got "),
+)
+
+
 def _plain(message: str) -> str:
     """Put what jsonargparse says in the words of a command line, without Python's types."""
     message = " ".join(message.split()).rstrip(".")
-    for pattern, words in (
-        (
-            r"Does not validate against any of the Union subtypes.*? Errors: "
-            r"- (?:Expected a <class 'NoneType'> - )?(.*?) (?:- |Given value type).*Given value: (.*)",
-            r"\1. Got \2",
-        ),
-        (
-            r"Option '([^']+)' is required but not provided or its value is None",
-            r"the following arguments are required: \1",
-        ),
-        (r"Expected a dot import path string: .*?\. Got", "Expected braces, such as '{rule: range, low: 0}'. Got"),
-        (r"Problem with given class_path '[^']+': ", ""),
-        (r"(\. Got value: \S+)\. Got NestedArg.*", r"\1"),
-        (r'Parser key "([^"]+)": Expected', r"--\1: expected"),
-        (r'Parser key "([^"]+)"', r"--\1"),
-        (r"a <class '(?:list|tuple)'>", "a list in brackets"),
-        (r"a <class 'int'>", "a whole number"),
-        (r"a <class 'float'>", "a number"),
-        (r"a <class 'bool'>", "true or false"),
-        (r"a typing.Literal\[(.*?)\]", r"one of \1"),
-        (r"\. Got value: ", ", got "),
-        (r"\. Got ", ", got "),
-    ):
+    for pattern, words in _REWORDED:
         message = re.sub(pattern, words, message)
     return message
 
@@ -162,24 +198,34 @@ def _near(word: str, known: Any) -> str:
 class Command(NamedTuple):
     """One verb: its help line, its options, and what it does with them (returning the exit code).
 
-    `layered` ones take the settings of `fit`, whose defaults follow the method (`commands.settings`).
+    `layered` ones take the settings of `fit`, whose defaults follow the method (`commands.settings`); those that read
+    images take `--max_decoded_gib`.
     """
 
     help: str
     arguments: Callable[[ArgumentParser], None]
     run: Callable[[Namespace], int]
     layered: bool = False
+    reads_images: bool = True
 
 
 COMMANDS = {
     "demo": Command(
-        "Train on built-in images of four kinds, test on a fifth, write a report.", demo.demo_arguments, demo.run_demo
+        "Train on built-in images of four kinds, test on a fifth, write a report.",
+        demo.demo_arguments,
+        demo.run_demo,
+        reads_images=False,
     ),
     "data check": Command("Count, read and compare the images of a data set.", data.check_arguments, data.run_check),
     "data phantom": Command(
-        "Write the built-in benchmark: five tasks with lesions.", data.phantom_arguments, data.run_phantom
+        "Write the built-in benchmark: five tasks with lesions.",
+        data.phantom_arguments,
+        data.run_phantom,
+        reads_images=False,
     ),
-    "data list": Command("List the public data sets of the papers.", data.list_arguments, data.run_list),
+    "data list": Command(
+        "List the public data sets of the papers.", data.list_arguments, data.run_list, reads_images=False
+    ),
     "data prepare": Command("Turn a public download into a manifest.", data.prepare_arguments, data.run_prepare),
     "fit": Command("Train a model on normal images of several tasks.", fit.fit_arguments, fit.run_fit, layered=True),
     "predict": Command(
@@ -219,13 +265,17 @@ COMMANDS = {
         "Say which support images a verdict rests on.", explain.supports_arguments, explain.run_supports
     ),
     "export": Command(
-        "Write a frozen teacher as ONNX, compared with its own forward.", export.export_arguments, export.run_export
+        "Write a frozen teacher as ONNX, compared with its own forward.",
+        export.export_arguments,
+        export.run_export,
+        reads_images=False,
     ),
     **{
         f"import {name}": Command(
             f"Turn an official {name} checkpoint into a model.",
             partial(release.release_arguments, name=name),
             partial(release.run_release, name=name),
+            reads_images=False,
         )
         for name in release.released()
     },

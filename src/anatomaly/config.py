@@ -6,8 +6,9 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-from anatomaly.errors import check, check_words
+from anatomaly.errors import ConfigError, check, check_words
 from anatomaly.methods import METHODS
+from anatomaly.methods.settings import D24FADSettings
 from anatomaly.types import Intensity, Preprocessing, Scoring
 
 if TYPE_CHECKING:
@@ -36,6 +37,10 @@ class TeacherConfig:
             check(f"teacher.{name}", repr(value), isinstance(value, kind), f"a {kind.__name__}")
 
 
+#: Settings that bundles and runs of before spelled beside the name, whatever the method.
+_FORMER = {each.name for each in fields(D24FADSettings)}
+
+
 @dataclass(frozen=True)
 class MethodConfig:
     """A method and its settings.
@@ -45,8 +50,8 @@ class MethodConfig:
         settings: A record of the method's own class (`METHODS[name].settings`); None takes its defaults.
 
     Example:
-        >>> MethodConfig("d24fad").as_dict()["d24fad"]["tsd_weight"]
-        0.1
+        >>> [*METHODS.built_in, MethodConfig(METHODS.built_in[-1]).as_dict()["name"]]
+        ['attention', 'd24fad', 'pdd', 'nearest', 'nearest']
     """
 
     name: str
@@ -72,12 +77,14 @@ class MethodConfig:
             ConfigError: The name is unknown or a value is out of range.
             KeyError, TypeError: It is no such mapping.
         """
-        name = facts["name"]
-        spelled = facts.get(name)
-        if spelled is None:  # bundles and runs of before spelled one method's settings beside the name
-            known = {each.name for each in fields(METHODS[name].settings)}
-            spelled = {key: value for key, value in facts.items() if key in known}
-        return cls(name, METHODS[name].settings(**spelled))
+        name, others = facts["name"], {key: value for key, value in facts.items() if key != "name"}
+        kind = METHODS[name].settings
+        if unknown := [key for key in others if key not in METHODS and key not in _FORMER]:
+            raise ConfigError(f"method: unknown setting {unknown[0]!r}, expected name and {name}.")
+        if name not in others:  # bundles and runs of before spelled one method's settings beside the name
+            known = {each.name for each in fields(kind)}
+            return cls(name, kind(**{key: value for key, value in others.items() if key in known}))
+        return cls(name, kind(**others[name]))
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
+import io
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from anatomaly.errors import OutputError
 
 
-def write_whole(path: Path, content: bytes, *, kept: str = "") -> None:
+def write_whole(path: Path, content: bytes | str, *, kept: str = "") -> None:
     """Write a file completely or leave what was there.
 
     Args:
         path: The file; replaced if it exists.
-        content: All of its bytes.
+        content: All of its bytes, or its text; what cannot be written as UTF-8 stays visible as escapes.
         kept: A sentence on what is safe, for the message of a failure.
 
     Raises:
@@ -23,12 +27,77 @@ def write_whole(path: Path, content: bytes, *, kept: str = "") -> None:
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(content)
+        part.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
         part.replace(path)
     except OSError as err:
         with contextlib.suppress(OSError):  # the first failure is the one to report
             part.unlink(missing_ok=True)
         raise output_error(path, err, kept=kept) from err
+
+
+class Appender:
+    """New files that grow together: what `append` was given is on disk when it returns, or nothing of it.
+
+    Attributes:
+        paths: The files.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        """Make the files, and their folders where missing.
+
+        Args:
+            paths: At least one; should the machine die within an `append`, the first ones are the fuller record.
+
+        Raises:
+            OutputError: One of them exists already or cannot be made.
+        """
+        self.paths = tuple(paths)
+        self._files = [self._new(path) for path in paths]
+
+    @staticmethod
+    def _new(path: Path) -> io.FileIO:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return io.FileIO(path, "xb")  # unbuffered: one write call per `append`
+        except OSError as err:
+            if path.exists():
+                raise OutputError(f"{path}: already exists. Choose another output folder, or remove this one.") from err
+            raise output_error(path, err) from err
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files:
+            file.close()
+
+    def append(self, *contents: bytes, kept: str = "") -> None:
+        """Append to every file, or to none of them.
+
+        Args:
+            contents: One per file.
+            kept: A sentence on what is safe, for the message of a failure.
+
+        Raises:
+            OutputError: A file cannot be written.
+        """
+        ends, path = [file.tell() for file in self._files], self.paths[0]
+        try:
+            for file, path, content in zip(self._files, self.paths, contents, strict=True):  # noqa: B007
+                if file.write(content) < len(content):  # a full disk takes the part that still fits
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as err:
+            for file, end in zip(self._files, ends, strict=True):
+                file.seek(end)
+                file.truncate()
+            raise output_error(path, err, kept=kept) from err
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content, hex; no more than 1 MiB of it is in memory at a time."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def output_error(path: Path, err: OSError, *, kept: str = "") -> OutputError:

@@ -1,7 +1,7 @@
 """The spine every number comes from: features -> comparisons -> anomaly map -> image score, without state.
 
 Training calls `predict_tensor` and its two halves to choose a checkpoint, benchmarks call them to measure,
-`Detector.predict` calls them to judge a scan: one function, and images that do not see their neighbours in the batch.
+`Detector.predict` calls them to judge a scan: one function, and one promise, at `predict_tensor`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -168,6 +168,9 @@ def _thinned(anomaly_map: NDArray[Any]) -> NDArray[np.float64]:
 
 #: Of teacher and student; maps and scores are float32 in any case.
 Precision = Literal["fp32", "bf16"]
+#: Images a CPU computes at a time, at most.  PyTorch takes another convolution for one image and, in one thread, for 16
+#: and more, whose last digits differ and are multiplied in what follows; from 2 to 15 it takes one and the same.
+_PART = 8
 
 
 class Scored(NamedTuple):
@@ -181,7 +184,32 @@ class Scored(NamedTuple):
 def encode_tensor(method: Method, images: Tensor, *, precision: Precision = "fp32") -> Sequence[Tensor]:
     """The part of a prediction that needs no support: (B, 3, H, W) images in [0, 1] -> student features per level."""
     with torch.inference_mode(), torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        return method.encode(method.extract(images))
+        parts = [method.encode(method.extract(part)) for part in _parts(images)]
+        return [torch.cat(level)[: len(images)] for level in zip(*parts, strict=True)]
+
+
+def embed_tensor(
+    method: Method, images: Tensor, *, precision: Precision = "fp32"
+) -> tuple[dict[str, Tensor], Sequence[Tensor]]:
+    """Supports (K, 3, H, W) in [0, 1] -> what `method.embed_support` and `method.encode` say of them."""
+    with torch.inference_mode(), torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        embedded, encoded = [], []
+        for part in _parts(images):
+            features = method.extract_support(part)
+            embedded.append(method.embed_support(features))
+            encoded.append(method.encode(features))
+        bank = {name: torch.cat([each[name] for each in embedded])[: len(images)] for name in embedded[0]}
+        return bank, [torch.cat(level)[: len(images)] for level in zip(*encoded, strict=True)]
+
+
+def _parts(images: Tensor) -> Iterator[Tensor]:
+    """A batch in parts whose sizes change no digit on a CPU, see `_PART`; a lone image comes twice."""
+    if images.device.type != "cpu":
+        yield images
+    elif len(images) == 1:
+        yield images.expand(2, *images.shape[1:])
+    else:
+        yield from torch.tensor_split(images, max(1, math.ceil(len(images) / _PART)))
 
 
 def compare_tensor(
@@ -208,6 +236,10 @@ def predict_tensor(
     precision: Precision = "fp32",
 ) -> Scored:
     """Judge a batch of images against a support.
+
+    The promise: on a CPU an image's score, map and weights depend on the image, the model and the support alone, to
+    within 1e-5; batch size and neighbours change nothing more.  It holds on every set of instructions, though two of
+    them may differ by more, and so may 1 and 2 threads.
 
     Args:
         method: In eval mode.

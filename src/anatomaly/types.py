@@ -294,7 +294,7 @@ class Method(Protocol):
         ...
 
     def embed_support(self, features: Features) -> dict[str, Tensor]:
-        """Everything about K support images that does not depend on the query; first axis K."""
+        """All about K support images that does not depend on the query; first axis K, each row from its image alone."""
         ...
 
     def compare(self, encoded: Sequence[Tensor], support: Mapping[str, Tensor]) -> list[Comparison]:

@@ -110,7 +110,7 @@ def kept(make_detector, tmp_path):
     weights = {epoch: detector.method.state_dict() for epoch, detector in detectors.items()}
     for epoch, state in weights.items():
         write_tensors(tmp_path / f"model/training/epoch_{epoch}.safetensors", state)
-    detectors[2].facts["training"] = {"best_epoch": 2}
+    detectors[2].facts = replace(detectors[2].facts, training={"best_epoch": 2})
     detectors[2].save(tmp_path / "model")
     return tmp_path / "model", detectors
 
@@ -206,9 +206,10 @@ def test_choosing_by_test_labels_is_compared_with_the_chosen_epoch():
     assert habits.luckiest == pytest.approx(max(auroc_at(1.5, 16), auroc_at(2.5, 16)))
 
 
-def test_the_release_of_a_method_is_its_own():
-    assert measure(runs_of([1.0], method="pdd", across=0.0)).release == "published-pdd"
-    assert measure(runs_of([1.0], method="nearest", across=0.0)).release == "published-d24fad"
+def test_the_release_of_a_method_is_that_of_methods_like_it():
+    with_support = runs_of([1.0], method="nearest", across=0.0)
+    assert measure(replace(with_support, shots=0)).release == "published-pdd"
+    assert measure(with_support).release == "published-d24fad"
     assert measure(runs_of([1.0], method="files")).release == "published-pdd", "there are no maps"
 
 
@@ -247,8 +248,8 @@ def test_the_files_hold_the_figures(tmp_path):
     text = (tmp_path / "audit.md").read_text()
     for words in ("16 of 24", "0.550", "the epoch that pasted lesions chose (5)", "average precision", "8 images"):
         assert words in text
-    columns, rows = table_of(audit)
-    assert all(len(row) == len(columns) for row in rows)
+    table = table_of(audit)
+    assert all(len(row) == len(table.columns) for row in table.rows)
     without = Image.open(io.BytesIO(draw_audit(replace(audit, epochs=()))))
     assert without.height < Image.open(tmp_path / "audit.png").height
 
@@ -486,6 +487,13 @@ def test_a_model_is_no_table(tmp_path):
     assert is_table(tmp_path / "scores.csv")
     (tmp_path / "config.json").touch()
     assert not is_table(tmp_path), "a benchmark leaves its scores beside the model"
+
+
+def test_a_folder_with_the_tables_of_predict_and_evaluate_is_refused(scans, tmp_path):
+    for name in ("scores.csv", "test_scores.csv"):
+        (tmp_path / name).write_text("path,score\n")
+    with pytest.raises(ManifestError, match=r"holds 2 tables of scores, expected scores\.csv, test_scores\.csv or"):
+        run_files(tmp_path, scans, task=TASK)
 
 
 # --- the command ---

@@ -18,7 +18,6 @@ from anatomaly.audit.published import (
     first_of_batches,
     judge,
     other_file_names,
-    score_maps,
     shuffled_loader,
 )
 from anatomaly.types import Sample, Scoring
@@ -31,6 +30,13 @@ def world(normal=25, anomalous=28, size=(20, 24), seed=0, lift=0.35):
     maps = rng.gamma(2.0, 0.5, (len(labels), *size)).astype(np.float32)
     maps[labels == 1, 5:12, 6:14] += lift * rng.random((anomalous, 1, 1), np.float32)
     return maps, labels
+
+
+def score_maps(protocol, maps, labels, **scoring):
+    scores = MapScores(**scoring)
+    for one in maps:
+        scores.add(np.asarray(one, np.float32)[None])
+    return judge(protocol, scores.finish(), labels)
 
 
 @pytest.fixture(scope="module")

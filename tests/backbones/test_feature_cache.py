@@ -295,7 +295,7 @@ def test_the_disk_gives_up_the_files_used_least_recently_but_none_of_this_run(tm
     assert [file.is_file() for file in oldest] == [True, False, False, True, True, True]
     for _ in range(2):
         get(store, [0, 4, 10, 11, 12, 13, 14, 15])
-        assert store.disk_used == sum(file.stat().st_size for file in files(tmp_path)) == 6 * size
+        assert store._disk.used() == sum(file.stat().st_size for file in files(tmp_path)) == 6 * size
     assert [file.is_file() for file in oldest] == [True, False, False, False, True, False]
     assert get(store, [0, 4, 10, 11, 12, 13, 14, 15])[1] == [14, 15]
 
@@ -304,7 +304,7 @@ def test_a_file_another_process_uses_meanwhile_is_not_evicted(tmp_path, size):
     get(FeatureCache(memory_bytes=0, folder=tmp_path, disk_bytes=GIB), range(3))
     oldest = aged(tmp_path)
     store = FeatureCache(memory_bytes=0, folder=tmp_path, disk_bytes=3 * size)
-    assert store.disk_used == 3 * size
+    assert store._disk.used() == 3 * size
     get(FeatureCache(memory_bytes=0, folder=tmp_path), [0])
     get(store, [5])
     assert [file.is_file() for file in oldest] == [True, False, True]
@@ -321,11 +321,11 @@ def test_eviction_bears_that_files_vanish(tmp_path, size):
     get(FeatureCache(memory_bytes=0, folder=tmp_path, disk_bytes=GIB), range(4))
     oldest = aged(tmp_path)
     store = FeatureCache(memory_bytes=0, folder=tmp_path, disk_bytes=4 * size)
-    assert store.disk_used == 4 * size
+    assert store._disk.used() == 4 * size
     oldest[0].unlink()
     get(store, [5, 6])
     assert [file.is_file() for file in oldest] == [False, False, True, True]
-    assert store.disk_used == 4 * size
+    assert store._disk.used() == 4 * size
 
 
 def test_processes_that_write_side_by_side_see_each_others_bytes(tmp_path, size):
@@ -346,7 +346,7 @@ def test_files_that_are_not_the_stores_are_neither_counted_nor_deleted(tmp_path,
     own = aged(tmp_path)
     before = {file for file in tmp_path.rglob("*") if file.is_file()}
     store = FeatureCache(memory_bytes=0, folder=tmp_path, disk_bytes=3 * size)
-    assert store.disk_used == 3 * size
+    assert store._disk.used() == 3 * size
     get(store, range(3, 9))
     left = {file for file in tmp_path.rglob("*") if file.is_file()}
     assert before - left == {file for file in own if file.stem != digest and file.name != "model.safetensors"}

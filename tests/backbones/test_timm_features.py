@@ -74,7 +74,7 @@ def test_normalise_scales_the_input_by_the_models_own_statistics():
     for one, other in zip(scaled(batch), plain((batch - mean) / std), strict=True):
         torch.testing.assert_close(one, other)
     assert not torch.allclose(scaled(batch)[0], plain(batch)[0])
-    assert (scaled.facts()["normalise"], plain.facts()["normalise"]) == (True, False)
+    assert (scaled.facts().normalise, plain.facts().normalise) == (True, False)
 
 
 def test_lite0_is_normalised_like_its_tensorflow_original(lite0):
@@ -138,7 +138,7 @@ def test_an_own_file_is_taken_and_its_name_stays_out_of_the_facts(tmp_path):
     torch.save({"state_dict": model.state_dict()}, tmp_path / "patients.pth")
     teacher = build_backbone("timm/resnet18", weights=str(tmp_path / "patients.pth"))
     assert torch.equal(teacher.body.conv1.weight, model.conv1.weight)
-    assert teacher.facts()["weights"] == "file"
+    assert teacher.facts().weights == "file"
     assert "patients" not in str(teacher.facts())
     torch.save(timm.create_model("resnet34").state_dict(), tmp_path / "other.pth")
     with pytest.raises(WeightsError, match=r"other\.pth: keys do not fit the model: \d+ unexpected"):

@@ -16,7 +16,6 @@ from torch import nn
 from anatomaly.backbones.weights import (
     WeightsSource,
     cache_dir,
-    file_digest,
     find_weights,
     load_strict,
     read_state,
@@ -24,6 +23,7 @@ from anatomaly.backbones.weights import (
     tensors_of,
 )
 from anatomaly.errors import WeightsError
+from anatomaly.files import file_digest
 
 FILE = "net-12345678.pth"
 URL = f"https://example.org/{FILE}"

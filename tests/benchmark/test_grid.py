@@ -19,7 +19,7 @@ import pytest
 from anatomaly.backbones import build_backbone
 from anatomaly.benchmark import anomalib_bridge
 from anatomaly.benchmark import run as benchmark
-from anatomaly.benchmark.grid import Entry, Grid, slug
+from anatomaly.benchmark.grid import Entry, Grid, settings_of, slug
 from anatomaly.benchmark.leaderboard import read_cells
 from anatomaly.benchmark.run import CELL, Failure, run_grid
 from anatomaly.cli import main
@@ -33,10 +33,12 @@ from anatomaly.evaluation.support_lists import lists_digest, read_support_lists
 from anatomaly.types import Preprocessing
 
 BASE = FitConfig(
+    MethodConfig("d24fad"),
     global_teacher=TeacherConfig("timm/resnet18", "random"),
     preprocessing=Preprocessing((64, 64)),
     training=TrainingConfig(shots=2, epochs=1, batch_size=5, validate_every=1, device="cpu"),
 )
+COMMON = {group: settings for group, settings in BASE.as_dict().items() if group != "method"}
 NEAREST = Entry("nearest", replace(BASE, method=MethodConfig(name="nearest")))
 D24FAD = Entry("d24fad", BASE)
 PDD = Entry("pdd", replace(BASE, method=MethodConfig(name="pdd")))
@@ -119,7 +121,7 @@ def contents(out):
     return {
         file.relative_to(out): file.read_bytes()
         for file in sorted(out.rglob("*"))
-        if file.name in ("scores.csv", "draws.csv", "evaluation.json", "supports.json")
+        if file.name in ("test_scores.csv", "draws.csv", "evaluation.json", "supports.json")
     }
 
 
@@ -409,6 +411,18 @@ def test_grids_that_cannot_work_are_refused_at_once(phantom, entries, changes, m
         Grid(phantom, settings.pop("protocol"), entries, [BASE.teacher], **settings)
 
 
+def test_an_entry_may_have_a_teacher_of_its_own(phantom):
+    own = TeacherConfig("timm/resnet18", "random")
+    alone = Entry("alone", NEAREST.config, teacher=own)
+    whole = grid(phantom, NEAREST, alone, tasks=("head_ct",), seeds=(0,), shots=(2,))
+    teachers = {cell.entry: settings_of(whole, cell).teacher for cell in whole.cells()}
+    assert len(whole.cells()) == 2
+    assert teachers == {"nearest": BASE.teacher, "alone": own}
+    assert {cell.teacher for cell in Grid(phantom, "few_shot", [alone], ()).cells()} == {"timm/resnet18"}
+    with pytest.raises(ConfigError, match="teachers: got none"):
+        Grid(phantom, "few_shot", [alone, NEAREST], ())
+
+
 def test_peers_that_cannot_work_are_refused_at_once(phantom, monkeypatch):
     monkeypatch.setattr(anomalib_bridge, "find_spec", lambda name: None)
     with pytest.raises(NotReadyError, match=r"anomalib is not installed. Run: pip install 'anatomaly\[peers\]'"):
@@ -459,6 +473,18 @@ def test_names_become_folders():
 SMALL = ["--preprocessing.size", "[64, 64]", "--shots", "1", "--draws", "2", "--seeds", "0"]
 
 
+def test_the_command_takes_the_teacher_of_a_method_over_the_common_ones(phantom, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("anatomaly.benchmark.run.run_grid", lambda grid, out, **_: asked.append(grid) or [])
+    methods = "{nearest: {}, large: {method: {name: nearest}, teacher: {name: efficientnet_lite2}}}"
+    words = ["--data", str(phantom.source), "--out", str(tmp_path), "--methods", methods, *SMALL]
+    assert main(["benchmark", *words, "--teachers", "[efficientnet_lite0, timm/resnet18]"]) == 0
+    (whole,) = asked
+    found = {(cell.entry, cell.teacher) for cell in whole.cells()}
+    both = {("nearest", "efficientnet_lite0"), ("nearest", "timm/resnet18")}
+    assert found == {*both, ("large", "efficientnet_lite2")}
+
+
 def test_the_command_writes_a_leaderboard(phantom, tmp_path, capsys):
     settings = tmp_path / "grid.yaml"
     settings.write_text(
@@ -492,7 +518,10 @@ def test_the_command_works_in_processes_of_its_own(phantom, tmp_path, monkeypatc
     here = tmp_path / "here"
     monkeypatch.setattr(benchmark, "ProcessPoolExecutor", Here)
     assert main([*words[:4], str(here), *words[5:], *SMALL]) == 0
-    scores = [name for name in contents(here) if name.name in ("scores.csv", "supports.json")]  # intervals: see `quick`
+    # intervals: see `quick`
+    scores = [
+        name for name in contents(here) if name.name in ("test_scores.csv", "supports.json")
+    ]  # intervals: see `quick`
     assert len(scores) == 3
     for name in scores:
         assert (tmp_path / "out" / name).read_bytes() == (here / name).read_bytes()
@@ -550,7 +579,7 @@ def test_settings_that_make_no_sense_get_one_line(phantom, tmp_path, capsys, wor
 def test_a_preset_is_where_an_entry_starts(phantom):
     from anatomaly.commands.benchmark import _entry
 
-    entry = _entry("paper", {"preset": "pdd-release", "training": {"epochs": 3}}, BASE)
+    entry = _entry("paper", {"preset": "pdd-release", "training": {"epochs": 3}}, COMMON)
     assert entry.config.method.settings.cosine_sign == "release"
     assert entry.config.training.epochs == 3
     assert entry.config.training.learning_rate == 2e-3
@@ -560,7 +589,7 @@ def test_a_preset_is_where_an_entry_starts(phantom):
 def test_an_entry_starts_from_the_common_settings():
     from anatomaly.commands.benchmark import _entry
 
-    entry = _entry("nearest", {"scoring": {"pooling": "topk"}}, BASE)
+    entry = _entry("nearest", {"scoring": {"pooling": "topk"}}, COMMON)
     assert entry.config == replace(NEAREST.config, scoring=replace(BASE.scoring, pooling="topk"))
     assert (entry.peer, entry.images) == (None, 0)
     assert Path(entry.name) == Path("nearest")

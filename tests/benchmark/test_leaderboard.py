@@ -137,7 +137,7 @@ def test_rows_of_fewer_seeds_say_so():
     section = next(s for s in tables(rank(lacking), []) if s.title.startswith("brain, K = 2"))
     assert "3 seeds × 2 draws" in section.title
     place = section.columns.index("seeds")
-    assert {line[0]: line[place] for line in section.lines} == {"good": "3", "fair": "1", "nearest": "3"}
+    assert {line[0]: line[place] for line in section.rows} == {"good": "3", "fair": "1", "nearest": "3"}
     assert all("seeds" not in section.columns for section in tables(rank(CELLS), []))
 
 
@@ -237,10 +237,10 @@ def test_the_overview_has_one_column_per_task_and_no_mean_of_holes():
     holes = [c for c in CELLS if not (c.entry == "fair" and c.task == "chest")]
     (overview, *_) = tables(rank(holes), [])
     assert list(overview.columns) == ["method", "K", "brain", "chest", "mean"]
-    fair = [line for line in overview.lines if line[0] == "fair"]
+    fair = [line for line in overview.rows if line[0] == "fair"]
     assert [line[-1] for line in fair] == ["", ""]
     assert [line[-2] for line in fair] == ["", ""]
-    assert overview.best == {0, 3}
+    assert overview.bold == {(0, 0), (3, 0)}
 
 
 def test_one_class_has_no_column_for_shots():
@@ -265,7 +265,7 @@ def stored(folder, **changes):
     (folder / "draws.csv").write_text(
         "task,shots,draw,supports,auroc,aupro\nbrain,2,0,a.png;b.png,0.5,\nbrain,2,1,c.png;d.png,1.0,0.25\n"
     )
-    (folder / "scores.csv").write_text(
+    (folder / "test_scores.csv").write_text(
         "task,shots,draw,path,frame,patient,label,score\n"
         "brain,2,0,x.png,,p1,0,1.5\nbrain,2,0,y.png,3,p2,1,1.25\nbrain,2,1,x.png,,p1,0,1\nbrain,2,1,y.png,3,p2,1,2\n"
     )
@@ -282,14 +282,23 @@ def test_a_cell_is_read_back(tmp_path):
     assert (found.seconds, found.peak_mib, found.training["seconds"]) == (2.5, None, 3.0)
 
 
+def test_a_cell_of_an_earlier_version_is_read_back(tmp_path):
+    """Its table of scores was called like that of `predict`."""
+    folder = stored(tmp_path / "a")
+    (now,) = read_cells([folder])
+    (folder / "test_scores.csv").rename(folder / "scores.csv")
+    (then,) = read_cells([folder])
+    assert str(then) == str(now)
+
+
 def test_one_unknown_patient_means_no_patients(tmp_path):
     folder = stored(tmp_path / "a")
-    text = (folder / "scores.csv").read_text()
-    (folder / "scores.csv").write_text(text.replace("p2", ""))
+    text = (folder / "test_scores.csv").read_text()
+    (folder / "test_scores.csv").write_text(text.replace("p2", ""))
     assert read_cells([folder])[0].groups is None
 
 
-@pytest.mark.parametrize("name", ["scores.csv", "draws.csv", "cell.json"])
+@pytest.mark.parametrize("name", ["test_scores.csv", "draws.csv", "cell.json"])
 def test_a_damaged_cell_is_named(tmp_path, name):
     folder = stored(tmp_path / "a")
     (folder / name).write_text("{" if name == "cell.json" else "draw,score,auroc,path\n0,x,y,z\n")

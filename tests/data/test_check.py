@@ -7,7 +7,8 @@ import pytest
 
 from anatomaly.data.check import NEAR_SIMILARITY, check_manifest, edge_signature, format_report
 from anatomaly.data.manifest import Manifest, load_manifest
-from anatomaly.types import Image, Sample
+from anatomaly.errors import ReadError
+from anatomaly.types import Image, Intensity, Sample
 
 
 def smooth(seed, size=(96, 80)):
@@ -255,3 +256,56 @@ def test_real_sets_have_no_leak_but_look_alikes_in_brain_tumor():
     # All pairs were looked at: the same slice with another contrast, left over when near-duplicates were removed.
     assert {pair.first.task for pair in report.near_duplicates} == {"brain_tumor"}
     assert 20 <= len(report.near_duplicates) <= 40
+
+
+def test_images_that_predict_would_refuse_are_told_with_the_rule_that_reads_them(tmp_path):
+    nibabel = pytest.importorskip("nibabel")
+    voxels = np.arange(16 * 16 * 2, dtype=np.float32).reshape(16, 16, 2)
+    nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), tmp_path / "a.nii")
+    report = check_manifest(load_manifest(tmp_path))
+    assert [reason.split(",")[0] for _, reason in report.not_mapped] == ["the file declares no value range"] * 2
+    assert report.unreadable == ()
+    assert report.warnings[0] == (
+        "2 images are refused by the intensity rule, by fit and predict too (see --intensity)"
+    )
+    assert "Refused by the intensity rule (2)" in format_report(report)
+    for rule in (Intensity("range", 0, 500), Intensity("percentile", 1, 99)):
+        assert check_manifest(load_manifest(tmp_path), intensity=rule).not_mapped == ()
+
+
+def test_check_asks_the_function_that_predict_prepares_images_with(rows, monkeypatch):
+    def refuse(sample, preprocessing):
+        raise ReadError(f"{sample.path}: has no window. Set one.")
+
+    monkeypatch.setattr("anatomaly.data.check.load", refuse)
+    report = check(rows)
+    assert report.not_mapped[0] == ("brain/train/0.png", "has no window. Set one.")
+    assert len(report.not_mapped) == len(rows)
+    assert report.unreadable == ()
+
+
+def test_look_alikes_are_judged_without_the_window_of_a_dicom_file(tmp_path):
+    pydicom = pytest.importorskip("pydicom")
+    seen = {}
+    for name, window in (("plain", None), ("windowed", (100, 10))):
+        dataset = pydicom.Dataset()
+        dataset.file_meta = pydicom.dataset.FileMetaDataset()
+        dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+        dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = pydicom.uid.SecondaryCaptureImageStorage
+        dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = pydicom.uid.generate_uid()
+        dataset.Rows, dataset.Columns, dataset.SamplesPerPixel = 96, 80, 1
+        dataset.PhotometricInterpretation, dataset.PixelRepresentation = "MONOCHROME2", 0
+        dataset.BitsAllocated = dataset.BitsStored = 8
+        dataset.HighBit = 7
+        dataset.PixelData = smooth(1).round().astype(np.uint8).tobytes()
+        if window:
+            dataset.WindowCenter, dataset.WindowWidth = window
+        dataset.save_as(tmp_path / f"{name}.dcm", enforce_file_format=True)
+        seen[name] = Sample(tmp_path / f"{name}.dcm", "brain", "train" if window else "test", 0)
+    (pair,) = check(list(seen.values())).near_duplicates
+    assert pair.similarity == pytest.approx(1)
+
+
+def test_what_was_left_out_is_one_line_of_the_report(rows):
+    manifest = Manifest(tuple(rows), Path("source"), {("file", "hidden"): 2})
+    assert "2 files left out: 2 hidden" in format_report(check_manifest(manifest)).splitlines()

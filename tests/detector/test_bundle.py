@@ -1,5 +1,6 @@
 """What stands on disk: bundles and banks come back as they were, and nothing else is taken for one."""
 
+import hashlib
 import json
 import shutil
 from dataclasses import asdict, replace
@@ -10,11 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from anatomaly.backbones import build_backbone
+from anatomaly.backbones.weights import state_digest
 from anatomaly.config import MethodConfig
 from anatomaly.detector.bundle import load_bank, save_bank
 from anatomaly.detector.detector import Detector
+from anatomaly.detector.facts import ModelFacts
 from anatomaly.errors import NotReadyError, OutputError, WeightsError
-from anatomaly.methods import build_method
+from anatomaly.methods import METHODS, build_method
 from anatomaly.methods.settings import AttentionSettings
 from anatomaly.types import Intensity, Preprocessing, Scoring, SupportBank
 
@@ -190,7 +193,8 @@ def test_a_config_that_lacks_a_part_is_not_a_bundle(bundle, key):
         {"preprocessing": 3},
         {"scoring": {"smoothing": 4.0}},
         {"teacher": {"name": "efficientnet_lite0"}},
-        {"method": {"name": "d24fad", "shots": 4}},
+        {"method": {"name": "d24fad", "d24fad": {"shots": 4}}},
+        {"method": {"name": "d24fad", "d24fad": ["flattened"]}},
         {"method": ["d24fad"]},
         {"task_intensity": {"ct": {"rule": "range", "lowest": 0}}},
     ],
@@ -219,11 +223,12 @@ def test_a_bundle_that_cannot_be_written_is_an_output_error(tmp_path, make_detec
 
 def pair(local, far, seed=0):
     """A detector with these two teachers."""
+    method = build_method("pdd", [local, far], seed=seed)
     return Detector(
-        build_method("pdd", [local, far], seed=seed),
+        method,
         preprocessing=Preprocessing((64, 64)),
         scoring=Scoring(),
-        facts={"method": asdict(MethodConfig("pdd")), "teacher": local.facts(), "global_teacher": far.facts()},
+        facts=ModelFacts.of(MethodConfig("pdd"), method),
         device="cpu",
     )
 
@@ -302,10 +307,8 @@ def test_a_bundle_that_lost_a_teachers_file_names_the_file(lite0, own_teacher, t
 
 
 def test_a_bundle_older_than_some_settings_still_loads(bundle, make_detector, phantom):
-    facts = json.loads((bundle / "config.json").read_text())
-    for key in ("pdd", "attention", "self_distillation", "learn_to_weight"):
-        del facts["method"][key]
-    (bundle / "config.json").write_text(json.dumps(facts))
+    former = {"name": "d24fad", "distance": "flattened", "softmax_scale": "channels", "tsd_weight": 0.1}
+    edit(bundle, method=former)
     loaded, detector = Detector.load(bundle, device="cpu"), make_detector()
     assert loaded.model_hash == detector.model_hash
     assert [one.score for one in judge(loaded, phantom)] == [one.score for one in judge(detector, phantom)]
@@ -313,14 +316,99 @@ def test_a_bundle_older_than_some_settings_still_loads(bundle, make_detector, ph
     assert Detector.load(bundle, device="cpu").model_hash == detector.model_hash
 
 
-def attentive(teacher, **parts):
-    """A detector of patch attention with some parts left out."""
-    method = MethodConfig("attention", AttentionSettings(**parts))
-    return Detector(
-        build_method(teachers=teacher, **asdict(method)),
+#: What the first bundles said of every method beside its name: the settings of all of them.
+FORMER = {
+    "distance": "flattened",
+    "softmax_scale": "channels",
+    "tsd_weight": 0.1,
+    "self_distillation": True,
+    "learn_to_weight": True,
+    "pdd": {
+        "shared_students": False,
+        "cosine_sign": "paper",
+        "detach_targets": False,
+        "mpa": True,
+        "two_students": True,
+        "reconstruction_weight": 0.02,
+        "cosine_weight": 0.05,
+        "diversity_weight": 0.5,
+        "relation": "diverse",
+        "tau_low": 0.75,
+        "tau_high": 0.3,
+        "low_levels": 1,
+    },
+    "attention": {
+        "mirrored": True,
+        "resized": True,
+        "surroundings": True,
+        "teacher_levels": 3,
+        "deepest": 2.0,
+    },
+}
+
+
+def former_hash(spelled, method):
+    """A model's digest as it was computed when bundles spelled the settings of all methods."""
+    others = {"pdd", "attention"} - {spelled["name"]}
+    told = [(each.name, each.normalise, each.weights_hash) for each in method.teachers.values()]
+    own = {key: value for key, value in spelled.items() if key not in others}
+    choices = repr((own, *(fact for each in told for fact in each)))
+    return hashlib.sha256((choices + state_digest(method.state_dict())).encode()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("attention", {}),
+        ("attention", {"mirrored": False, "deepest": 1.0}),
+        ("d24fad", {}),
+        ("d24fad", {"distance": "positionwise", "tsd_weight": 0.3, "learn_to_weight": False}),
+        ("nearest", {}),
+        ("pdd", {}),
+        ("pdd", {"shared_students": True, "cosine_sign": "release", "low_levels": 2}),
+    ],
+    ids=str,
+)
+def test_a_bundle_of_the_former_spelling_is_the_same_model(name, changes, lite0, tmp_path):
+    config = MethodConfig(name, METHODS[name].settings(**changes))
+    method = build_method(name, [lite0, lite0], config.settings)
+    detector = Detector(
+        method,
         preprocessing=Preprocessing((64, 64)),
         scoring=Scoring(),
-        facts={"method": asdict(method), "teacher": teacher.facts()},
+        facts=ModelFacts.of(config, method),
+        device="cpu",
+    )
+    detector.save(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["method"] == {"name": name, name: asdict(config.settings)}
+    now = Detector.load(tmp_path, device="cpu")
+    own = {name: FORMER[name] | changes} if name in ("attention", "pdd") else changes
+    spelled = {"name": name, **FORMER, **own}
+    edit(tmp_path, method=spelled)
+    former = Detector.load(tmp_path, device="cpu")
+    assert former.facts == now.facts == detector.facts
+    assert former.model_hash == now.model_hash == detector.model_hash == former_hash(spelled, method)
+
+
+def test_a_setting_nobody_knows_is_refused_in_either_spelling(bundle):
+    whole = json.loads((bundle / "config.json").read_text())["method"]
+    for spelled in ({"name": "d24fad", "shots": 4}, {**whole, "shots": 4}):
+        edit(bundle, method=spelled)
+        with pytest.raises(
+            NotReadyError, match=r"is damaged \(method: unknown setting 'shots', expected name and d24f"
+        ):
+            Detector.load(bundle)
+
+
+def attentive(teacher, **parts):
+    """A detector of patch attention with some parts left out."""
+    config = MethodConfig("attention", AttentionSettings(**parts))
+    method = build_method(config.name, teacher, config.settings)
+    return Detector(
+        method,
+        preprocessing=Preprocessing((64, 64)),
+        scoring=Scoring(),
+        facts=ModelFacts.of(config, method),
         device="cpu",
     )
 

@@ -8,6 +8,7 @@ import conformal
 import numpy as np
 import pytest
 from PIL import Image
+from scores import read_scores
 
 import anatomaly.detector.bundle
 from anatomaly.cli import main
@@ -16,7 +17,6 @@ from anatomaly.detector.calibrate import calibrate, calibrate_on_support, check
 from anatomaly.detector.detector import Detector
 from anatomaly.errors import ConfigError, NotReadyError
 from anatomaly.results.folder import predict_to_folder
-from anatomaly.results.writer import read_scores
 from anatomaly.synthetic.phantom import draw
 from anatomaly.types import Intensity, Sample, Scoring
 

@@ -359,7 +359,9 @@ def test_cuda_is_refused_where_there_is_none(monkeypatch):
 @pytest.fixture(scope="module")
 def imported(golden_files, tmp_path_factory):
     """The golden checkpoint imported, and the same once more from the bundle it was saved to."""
-    detector = import_checkpoint(golden_files["eval"], "d24fad", teacher_weights=str(golden_files["teacher"]), device="cpu")
+    detector = import_checkpoint(
+        golden_files["eval"], "d24fad", teacher_weights=str(golden_files["teacher"]), device="cpu"
+    )
     folder = tmp_path_factory.mktemp("imported") / "bundle"
     detector.save(folder)
     return detector, Detector.load(folder, device="cpu"), folder

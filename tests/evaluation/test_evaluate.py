@@ -19,8 +19,9 @@ from PIL import Image
 from anatomaly.data.transforms import load
 from anatomaly.errors import ConfigError, ManifestError
 from anatomaly.evaluation import evaluate as evaluation
-from anatomaly.evaluation.cells import table_of, write_evaluations
-from anatomaly.evaluation.evaluate import evaluate, pooled
+from anatomaly.evaluation.cells import read_evaluation, write_evaluations
+from anatomaly.evaluation.evaluate import evaluate
+from anatomaly.evaluation.evaluation import pooled, table_of
 from anatomaly.evaluation.metrics import auroc, bootstrap, image_metrics, pool_by_patient
 from anatomaly.evaluation.pixel_metrics import pixel_metrics
 from anatomaly.types import Intensity, Preprocessing
@@ -53,7 +54,8 @@ def lesion(row):
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch):
     """Intervals of what the tests evaluate themselves are not looked at; those of `results` are made before this."""
-    monkeypatch.setattr("anatomaly.evaluation.evaluate.bootstrap", partial(bootstrap, samples=10))
+    for module in ("evaluate", "evaluation"):
+        monkeypatch.setattr(f"anatomaly.evaluation.{module}.bootstrap", partial(bootstrap, samples=10))
 
 
 @pytest.fixture(scope="module")
@@ -252,8 +254,8 @@ def test_a_row_whose_mask_cannot_be_used_is_listed_and_left_out_of_the_pixel_met
     np.testing.assert_array_equal(found.scores, expected.scores)
     facts = json.loads(_written([found, expected], tmp_path / "out", "evaluation.json"))
     assert [fact["unusable_masks"] for fact in facts] == [[f"{row.name}: {reason}"], []]
-    assert f"cannot be used: 1; the first: {reason}" in table_of([("", found), ("", found)])[2]
-    assert "cannot be used" not in table_of([("", expected)])[2]
+    assert f"cannot be used: 1; the first: {reason}" in table_of([("", found), ("", found)]).note
+    assert "cannot be used" not in table_of([("", expected)]).note
 
 
 def test_without_any_usable_mask_the_image_metrics_stand(phantom, make_detector, tmp_path):
@@ -416,32 +418,32 @@ def test_a_percentile_rule_is_resolved_on_the_supports_of_each_draw(phantom, mak
 
 
 def test_the_table_names_methods_only_where_there_are_several(results):
-    columns, rows, note = table_of([("", result) for result in results])
-    assert columns[:4] == ["task", "K", "image AUROC", "95 % interval"]
-    assert [row[:2] for row in rows] == [[TASK, "3"], [TASK, "1"]]
-    assert all(len(row) == len(columns) for row in rows)
-    assert "2 support draws, 8 test images" in note
-    named, cells, _ = table_of([("ours", results[0]), ("theirs", results[1])])
-    assert named[:3] == ["task", "method", "K"]
-    assert [row[1] for row in cells] == ["ours", "theirs"]
+    table = table_of([("", result) for result in results])
+    assert table.columns[:4] == ["task", "K", "image AUROC", "95 % interval"]
+    assert [row[:2] for row in table.rows] == [[TASK, "3"], [TASK, "1"]]
+    assert all(len(row) == len(table.columns) for row in table.rows)
+    assert "2 support draws, 8 test images" in table.note
+    named = table_of([("ours", results[0]), ("theirs", results[1])])
+    assert named.columns[:3] == ["task", "method", "K"]
+    assert [row[1] for row in named.rows] == ["ours", "theirs"]
 
 
 def test_the_table_shows_mean_and_deviation_and_leaves_unmeasured_cells_empty(results):
     bare = replace(results[1], metrics=tuple({name: draw[name] for name in IMAGE} for draw in results[1].metrics))
-    columns, rows, _ = table_of([("", results[0]), ("", bare)])
+    table = table_of([("", results[0]), ("", bare)])
     mean, sd = results[0].summary()["auroc"]
-    assert rows[0][columns.index("image AUROC")] == f"{mean:.3f} ± {sd:.3f}"
-    assert rows[0][columns.index("AUPRO")] != ""
-    assert rows[1][columns.index("AUPRO")] == ""
-    only_images = table_of([("", bare)])[0]
+    assert table.rows[0][table.columns.index("image AUROC")] == f"{mean:.3f} ± {sd:.3f}"
+    assert table.rows[0][table.columns.index("AUPRO")] != ""
+    assert table.rows[1][table.columns.index("AUPRO")] == ""
+    only_images = table_of([("", bare)]).columns
     assert "AUPRO" not in only_images
     assert "patient AUROC" not in only_images
 
 
 def test_a_single_draw_shows_no_deviation(results):
     one = replace(results[0], metrics=results[0].metrics[:1])
-    columns, rows, _ = table_of([("", one)])
-    assert rows[0][columns.index("image AUROC")] == f"{one.metrics[0]['auroc']:.3f}"
+    table = table_of([("", one)])
+    assert table.rows[0][table.columns.index("image AUROC")] == f"{one.metrics[0]['auroc']:.3f}"
 
 
 def _written(results, out, name):
@@ -452,7 +454,7 @@ def _written(results, out, name):
 def test_written_files_read_back_as_the_results(results, tmp_path):
     summary = json.loads(_written(results, tmp_path / "out", "evaluation.json"))
     draws = list(csv.DictReader((tmp_path / "out" / "draws.csv").open(newline="", encoding="utf-8")))
-    scores = list(csv.DictReader((tmp_path / "out" / "scores.csv").open(newline="", encoding="utf-8")))
+    scores = list(csv.DictReader((tmp_path / "out" / "test_scores.csv").open(newline="", encoding="utf-8")))
     for facts, result in zip(summary, results, strict=True):
         assert (facts["task"], facts["shots"], facts["draws"], facts["images"]) == (TASK, result.shots, 2, 8)
         assert facts["auroc_interval"] == list(result.interval[1:])
@@ -469,6 +471,16 @@ def test_written_files_read_back_as_the_results(results, tmp_path):
             assert (Path(row["path"]), int(row["label"]), float(row["score"])) == (sample.path, sample.label, score)
             assert (int(row["shots"]), int(row["draw"]), row["frame"]) == (result.shots, number, "")
     assert next(stored, None) is None
+
+
+def test_a_written_evaluation_is_read_back(results, tmp_path):
+    write_evaluations(results[:1], tmp_path)
+    found, result = read_evaluation(tmp_path), results[0]
+    assert found.images == tuple((str(sample.path), "") for sample in result.samples)
+    np.testing.assert_array_equal(found.scores, result.scores)
+    assert found.labels.tolist() == [sample.label for sample in result.samples]
+    assert found.groups == tuple(sample.patient_id for sample in result.samples)
+    assert found.metrics == result.metrics
 
 
 def test_json_of_a_single_draw_holds_no_nan(results, tmp_path):
@@ -492,11 +504,11 @@ def test_a_multi_class_model_is_also_judged_over_all_tasks(phantom, make_detecto
     patients = [f"{sample.task}/{sample.patient_id}" for sample in whole.samples]
     assert whole.interval == bootstrap(auroc, scores[None], labels, groups=patients, samples=10)
     write_evaluations([*results, whole], tmp_path)
-    with (tmp_path / "scores.csv").open(newline="") as stream:
+    with (tmp_path / "test_scores.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert [row["task"] for row in rows] == [sample.task for sample in whole.samples], "every image once"
     assert json.loads((tmp_path / "evaluation.json").read_text())[-1]["task"] == "all tasks"
-    columns, cells, note = table_of([("", result) for result in (*results, whole)])
-    assert "K" not in columns
-    assert [row[0] for row in cells] == [*tasks, "all tasks"]
-    assert "support draws" not in note
+    table = table_of([("", result) for result in (*results, whole)])
+    assert "K" not in table.columns
+    assert [row[0] for row in table.rows] == [*tasks, "all tasks"]
+    assert "support draws" not in table.note

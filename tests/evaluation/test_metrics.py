@@ -91,21 +91,18 @@ def test_auroc_of_one_class_is_refused():
         auroc([1.0, 2.0], [0, 0])
 
 
-def test_patients_are_pooled_by_maximum_or_mean():
+def test_patients_are_pooled_by_maximum():
     scores, labels, ids = [0.5, 0.1, 0.9, 0.3, 0.2], [1, 0, 0, 0, 0], ["b", "a", "b", "a", "c"]
-    for how, expected in [("max", [0.3, 0.9, 0.2]), ("mean", [0.2, 0.7, 0.2])]:
-        pooled, pooled_labels = pool_by_patient(scores, labels, ids, how)
-        np.testing.assert_allclose(pooled, expected)
-        np.testing.assert_array_equal(pooled_labels, [0, 1, 0])
+    pooled, pooled_labels = pool_by_patient(scores, labels, ids)
+    np.testing.assert_allclose(pooled, [0.3, 0.9, 0.2])
+    np.testing.assert_array_equal(pooled_labels, [0, 1, 0])
 
 
-def test_pooling_refuses_missing_ids_and_unknown_rules():
+def test_pooling_refuses_missing_ids():
     with pytest.raises(ValueError, match="got 2 for 2 images, 1 of them missing"):
         pool_by_patient([1.0, 2.0], [0, 1], ["a", None])
     with pytest.raises(ValueError, match="got 1 for 2 images"):
         pool_by_patient([1.0, 2.0], [0, 1], ["a"])
-    with pytest.raises(ValueError, match="'median', expected 'max' or 'mean'"):
-        pool_by_patient([1.0, 2.0], [0, 1], ["a", "b"], "median")
 
 
 def _gaussian(generator, normal, anomalous, shift=1.0):

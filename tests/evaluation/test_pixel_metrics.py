@@ -1,6 +1,5 @@
 """Pixel metrics against every threshold in turn; counts of one pass against them, within their own bounds."""
 
-import copy
 import tracemalloc
 
 import metrics_reference as reference
@@ -238,30 +237,6 @@ def test_the_bound_counts_only_bins_whose_scores_differ():
     mask = np.array([[True, False, True, False, False, False, True, False, False, False, True]])
     bounds = counted([row], [mask]).bounds()
     assert bounds["pixel_auroc"] == pytest.approx(0.5 * 2 * 4 / (4 * 7))
-
-
-@pytest.mark.parametrize("values", [CONTINUOUS["a few bins"], CONTINUOUS["many exponents"], QUANTISED["float16"]])
-def test_parts_counted_apart_and_merged_are_one(values):
-    maps, masks = scene(values, images=6)
-    whole, parts = counted(maps, masks), [counted(maps[k::2], masks[k::2]) for k in range(2)]
-    other = copy.deepcopy(parts[1])
-    parts[0].merge(parts[1])
-    assert parts[0].metrics() == pytest.approx(whole.metrics(), abs=ROUNDING)
-    assert parts[0].bounds() == pytest.approx(whole.bounds(), abs=ROUNDING)
-    assert (parts[0].lesion_pixels, parts[0].normal_pixels) == (whole.lesion_pixels, whole.normal_pixels)
-    assert parts[1].metrics() == other.metrics()
-    empty = PixelCounts()
-    empty.merge(whole)
-    assert empty.metrics() == whole.metrics()
-    assert empty.bounds() == whole.bounds()
-
-
-def test_merging_notices_scores_that_differ_between_the_parts():
-    mask = np.array([[True, False]])
-    one, other = counted([np.float32([[1, 1]])], [mask]), counted([np.float32([[1 + ULP, 1 + ULP]])], [mask])
-    assert one.bounds()["pixel_auroc"] == 0.0
-    one.merge(other)
-    assert one.bounds()["pixel_auroc"] == pytest.approx(0.5)
 
 
 def test_counts_hold_no_maps():

@@ -12,7 +12,10 @@ from anatomaly.backbones import BACKBONES, build_backbone
 from anatomaly.backbones.timm_features import TimmSpec
 from anatomaly.backbones.weights import state_digest
 from anatomaly.cli import main
+from anatomaly.config import MethodConfig
 from anatomaly.data.manifest import Manifest, write_csv
+from anatomaly.detector.detector import Detector
+from anatomaly.detector.facts import ModelFacts
 from anatomaly.errors import ConfigError, OutputError
 from anatomaly.explain.classifiers import classifier_of, eigen_cam, grad_cam
 from anatomaly.explain.figure import SIDE, Panel, compose, draw, outline
@@ -20,7 +23,9 @@ from anatomaly.explain.measures import agreement, area, entropy, lift, top_share
 from anatomaly.explain.supports import explain_supports, summarise_supports
 from anatomaly.explain.table import RowTable
 from anatomaly.explain.teachers import explain_teachers, summarise_teachers
-from anatomaly.types import Preprocessing, Sample
+from anatomaly.methods import build_method
+from anatomaly.methods.settings import D24FADSettings
+from anatomaly.types import Preprocessing, Sample, Scoring
 
 OUTLINE = (64, 255, 160)
 SMALL = Preprocessing(size=(64, 64), interpolation="bilinear")
@@ -274,7 +279,7 @@ def test_a_table_is_never_overwritten_and_a_failed_row_leaves_nothing(tmp_path, 
             def __getattr__(self, name):
                 return getattr(self.file, name)
 
-        monkeypatch.setattr(table, "_file", Full(table._file))
+        monkeypatch.setattr(table._file, "_files", [Full(file) for file in table._file._files])
         with pytest.raises(OutputError, match="The 2 rows written so far are complete"):
             table.append([{"a": 123456, "b": 2}])
         assert table.path.read_bytes() == before
@@ -386,9 +391,9 @@ def test_batches_change_nothing(pair, phantom, tmp_path):
 # --- explain supports ---
 
 
-@pytest.mark.parametrize("method", ["d24fad", "nearest"])
+@pytest.mark.parametrize(("method", "levels"), [("attention", 7), ("d24fad", 3), ("nearest", 3)])
 def test_supports_say_what_the_prediction_says_and_what_it_would_be_without_each(
-    method, make_detector, phantom, tmp_path
+    method, levels, make_detector, phantom, tmp_path
 ):
     detector = make_detector(method)
     supports = phantom.select(task="head_ct", split="train").samples[:3]
@@ -406,8 +411,8 @@ def test_supports_say_what_the_prediction_says_and_what_it_would_be_without_each
         assert [row["support"] for row in own] == [supports[k].name for k in order]
         assert [row["mean_weight"] for row in own] == pytest.approx(mean[order].tolist(), abs=1e-5)
         assert sum(row["mean_weight"] for row in own) == pytest.approx(1.0, abs=1e-5)
-        levels = [[row[f"weight_level_{level}"] for row in own] for level in (1, 2, 3)]
-        np.testing.assert_allclose(levels, prediction.support_weights[:, order], atol=1e-5)
+        by_level = [[row[f"weight_level_{level + 1}"] for row in own] for level in range(levels)]
+        np.testing.assert_allclose(by_level, prediction.support_weights[:, order], atol=1e-5)
         assert own[0]["score"] == pytest.approx(prediction.score, rel=1e-5)
     for k in range(3):  # encoded anew, without that image
         detector.set_support([s for i, s in enumerate(supports) if i != k], task="head_ct")
@@ -417,7 +422,22 @@ def test_supports_say_what_the_prediction_says_and_what_it_would_be_without_each
             assert row["change"] == pytest.approx(prediction.score - row["score"], abs=1e-4)
     table = rows_of(tmp_path / "supports.csv")
     assert [float(row["mean_weight"]) for row in table] == [row["mean_weight"] for row in rows]
+    named = [name for name in table[0] if name.startswith("weight_level_")]
+    assert named == [f"weight_level_{level + 1}" for level in range(levels)]
+    assert [float(table[0][name]) for name in named] == [rows[0][name] for name in named]
     assert all((tmp_path / row["figure"]).is_file() for row in table)
+
+
+def test_a_model_whose_supports_count_nothing_is_refused_before_anything_is_written(lite0, phantom, tmp_path):
+    config = MethodConfig("d24fad", D24FADSettings(self_distillation=False))
+    method = build_method("d24fad", lite0, config.settings)
+    settings = {"preprocessing": Preprocessing((64, 64)), "scoring": Scoring(), "facts": ModelFacts.of(config, method)}
+    detector = Detector(method, **settings, device="cpu")
+    supports = phantom.select(task="head_ct", split="train").samples[:2]
+    detector.set_support(supports)
+    with pytest.raises(ConfigError, match="supports count nothing in its score"):
+        explain_supports(detector, supports, tmp_path / "out", pictures=[np.zeros((1, 64, 64), np.float32)] * 2)
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_support_leaves_nothing_to_leave_out(make_detector, phantom, tmp_path):

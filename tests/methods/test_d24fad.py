@@ -10,12 +10,14 @@ from anatomaly.backbones.weights import state_digest
 from anatomaly.errors import ConfigError, ShapeError, WeightsError
 from anatomaly.methods import METHODS, build_method
 from anatomaly.methods.d24fad import D24FAD, LearnToWeight, distance, import_d24fad
+from anatomaly.methods.settings import D24FADSettings
+from anatomaly.methods.table import imported
 
 TEACHER = SimpleNamespace(channels=(4, 6, 8, 10), strides=(4, 8, 16, 32), signed=False)
 
 
-def method(**settings):
-    return build_method("d24fad", TEACHER, **settings)
+def method(*, seed=0, **settings):
+    return build_method("d24fad", TEACHER, D24FADSettings(**settings), seed=seed)
 
 
 def features(*batch, seed=0, size=(2, 3)):
@@ -275,11 +277,14 @@ def test_seeds_make_methods_and_leave_the_global_generator_alone():
 
 def test_the_choices_arrive_and_the_table_is_complete():
     model = method(distance="positionwise", softmax_scale="elements", tsd_weight=0.7)
-    assert (model.distance, model.l2w.scale, model.tsd_weight) == ("positionwise", "elements", 0.7)
-    assert {name: type(build_method(name, TEACHER)) for name in METHODS} == dict(METHODS)
+    settings = model.settings
+    assert (settings.distance, model.l2w.scale, settings.tsd_weight) == ("positionwise", "elements", 0.7)
+    built = {name: type(build_method(name, TEACHER)) for name in METHODS}
+    assert built == {name: imported(record.method) for name, record in METHODS.items()}
 
 
 def test_an_unknown_method_is_refused():
-    known = "d24fad, pdd, attention, nearest"
-    with pytest.raises(ConfigError, match=rf"^method: unknown name 'd24', expected one of {known}\.$"):
+    known = "attention, d24fad, pdd, nearest"
+    message = rf"^method: unknown name 'd24', expected one of {known}\. Did you mean d24fad\?$"
+    with pytest.raises(ConfigError, match=message):
         build_method("d24", TEACHER)

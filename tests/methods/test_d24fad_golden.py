@@ -42,7 +42,7 @@ def evaluated(teacher, golden_files):
             values[f"weighted_support_f{i + 1}"] = comparison.target
         values["loss_tsd"] = sum(distance(s, t, "flattened") for s, t in zip(encoded, query["teacher"], strict=False))
         values["loss_ssd"] = sum(distance(c.student, c.target, "flattened") for c in comparisons)
-        values["loss_total"] = values["loss_ssd"] + method.tsd_weight * values["loss_tsd"]
+        values["loss_total"] = values["loss_ssd"] + method.settings.tsd_weight * values["loss_tsd"]
         values["map_raw"] = anomaly_map(comparisons, (128, 128))
         values["map_gauss_per_image"] = blur(values["map_raw"], 4.0)
         for name, maps in (("raw", values["map_raw"]), ("gauss", values["map_gauss_per_image"])):

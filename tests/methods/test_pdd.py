@@ -10,6 +10,7 @@ from anatomaly.backbones import build_backbone
 from anatomaly.backbones.weights import state_digest
 from anatomaly.errors import ConfigError, ShapeError, WeightsError
 from anatomaly.methods.pdd import PDD, cosine_similarities, diversity, import_pdd
+from anatomaly.methods.settings import PDDSettings
 from anatomaly.scoring import anomaly_map
 
 
@@ -46,7 +47,7 @@ def images(batch=2, height=64, width=96, seed=0):
 def build(pair="coarser", *, seed=0, **settings):
     torch.manual_seed(seed)
     local, global_ = PAIRS[pair] if isinstance(pair, str) else pair
-    return PDD(local, global_, **settings)
+    return PDD(local, global_, settings=PDDSettings(**settings))
 
 
 def check_pyramids(model, size):
@@ -371,7 +372,7 @@ def test_one_student_or_no_prior_cannot_be_shared(settings):
 
 @pytest.mark.parametrize("low_levels", [-1, 4])
 def test_levels_that_are_not_there_are_refused(low_levels):
-    with pytest.raises(ConfigError, match=rf"^PDD: got low_levels={low_levels}, expected 0 to 3\."):
+    with pytest.raises(ConfigError, match=rf"^method\.pdd\.low_levels: got {low_levels}, expected 0 to 3\."):
         build(low_levels=low_levels)
 
 

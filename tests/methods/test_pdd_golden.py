@@ -10,6 +10,7 @@ from golden_io import Golden, fill_entry, uniform
 from anatomaly.backbones import build_backbone
 from anatomaly.backbones.weights import read_state
 from anatomaly.methods.pdd import PDD, cosine_similarities, diversity, import_pdd, mse
+from anatomaly.methods.settings import PDDSettings
 from anatomaly.scoring import anomaly_map, blur, image_score
 from anatomaly.types import Comparison, Scoring
 
@@ -41,7 +42,7 @@ def features(teachers, files):
 
 
 def load(teachers, files, *, shared_students=True):
-    method = PDD(*teachers, shared_students=shared_students, cosine_sign="release")
+    method = PDD(*teachers, settings=PDDSettings(shared_students=shared_students, cosine_sign="release"))
     import_pdd(read_state(files / "pdd_decoder.pth"), method, where="pdd_decoder.pth")
     return method
 
@@ -49,10 +50,10 @@ def load(teachers, files, *, shared_students=True):
 def losses_of(method, losses):
     """The release's four weighted terms and their sum, under its names."""
     return {
-        "loss_mse_prior_student_vs_fused": method.reconstruction_weight * losses["prior_mse"],
-        "loss_cosine_prior_student_vs_fused": method.cosine_weight * losses["prior_cosine"],
-        "loss_mse_fused_vs_plain_student": method.reconstruction_weight * losses["plain_mse"],
-        "loss_diversity": method.diversity_weight * losses["relation"],
+        "loss_mse_prior_student_vs_fused": method.settings.reconstruction_weight * losses["prior_mse"],
+        "loss_cosine_prior_student_vs_fused": method.settings.cosine_weight * losses["prior_cosine"],
+        "loss_mse_fused_vs_plain_student": method.settings.reconstruction_weight * losses["plain_mse"],
+        "loss_diversity": method.settings.diversity_weight * losses["relation"],
         "loss_total": losses["total"],
     }
 

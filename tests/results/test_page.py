@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from anatomaly.errors import OutputError
-from anatomaly.results.page import Table, write_report
+from anatomaly.results.page import write_report
 from anatomaly.results.pictures import render_map
+from anatomaly.tables import Table
 from anatomaly.types import Prediction, Sample
 
 SCALE = (0.0, 2.0)
@@ -96,7 +97,7 @@ def test_the_warning_opens_and_closes_the_page(tmp_path):
 
 def test_every_string_from_outside_is_escaped(tmp_path):
     evil = "<script>alert(1)</script>\"'&"
-    clean = page(tmp_path, prediction(), failed("b.png", "b.png: no"), metrics={"m": "1"})
+    clean = page(tmp_path, prediction(), failed("b.png", "b.png: no"))
     made = page(
         tmp_path,
         prediction(evil.replace("/", ":"), sample=Sample(Path(evil), evil, label=1)),
@@ -104,7 +105,6 @@ def test_every_string_from_outside_is_escaped(tmp_path):
         title=evil,
         bank_names=(evil, evil),
         about={evil: evil},
-        metrics={evil: evil},
         tables=[Table(evil, (evil,), [(evil,)], evil)],
     )
     assert len(made.all("script")) == len(clean.all("script")) == 1
@@ -265,10 +265,10 @@ def test_a_method_without_references_has_no_word_of_them(tmp_path):
     assert "reference" not in page(tmp_path, prediction(support_weights=None), bank_names=()).text.lower()
 
 
-def test_metrics_tables_and_run_are_printed(tmp_path):
+def test_tables_and_run_are_printed(tmp_path):
     table = Table("By task", ("task", "AUROC"), [("headct", "0.94")], "With intervals.")
-    text = page(tmp_path, prediction(), about={"Model": "m1"}, metrics={"AP": "0.93"}, tables=[table]).text
-    for words in ("Modelm1", "Measured quality", "AP0.93", "By task", "headct0.94", "With intervals."):
+    text = page(tmp_path, prediction(), about={"Model": "m1"}, tables=[table]).text
+    for words in ("Modelm1", "Measured quality", "By task", "headct0.94", "With intervals."):
         assert words in text
     assert "Measured quality" not in page(tmp_path, prediction()).text
 

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from scores import read_scores
 
-from anatomaly.errors import ManifestError, OutputError
+from anatomaly.errors import OutputError
 from anatomaly.files import write_whole
 from anatomaly.results.pictures import overlay, render_map
-from anatomaly.results.writer import COLUMNS, ResultWriter, read_scores
+from anatomaly.results.writer import ResultWriter
 from anatomaly.scoring import scale_from_normals
 from anatomaly.types import Prediction, Sample
 
@@ -71,15 +72,6 @@ def test_a_p_value_and_a_note_stand_in_both_tables(tmp_path):
     assert (row["p_value"], row["note"]) == (0.05, "one of the support images")
     line = json.loads((tmp_path / "scores.jsonl").read_text())
     assert (line["p_value"], line["note"]) == (0.05, "one of the support images")
-
-
-def test_a_table_from_before_p_values_is_still_read(tmp_path):
-    older = [column for column in COLUMNS if column not in ("p_value", "note")]
-    (tmp_path / "scores.csv").write_text(",".join(older) + ",weight_0\na.png,,t,1,0.5,ok,,1.0,,,1.0\n")
-    [row] = read_scores(tmp_path / "scores.csv")
-    assert row["score"] == 0.5
-    assert row["weight_0"] == 1.0
-    assert "p_value" not in row
 
 
 def test_json_lines_hold_levels_spacing_scale_and_names(tmp_path):
@@ -260,31 +252,6 @@ def test_weights_of_another_bank_are_refused(tmp_path):
         pytest.raises(ValueError, match=r"weights of shape \(2, 2\), expected \(levels, 3\)"),
     ):
         writer.write(prediction())
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", "has no column 'path'"),
-        ("a,b\n1,2\n", "has no column 'path'"),
-        (",".join(COLUMNS) + "\na.png,,headct,,0.5\n", "row 1 is incomplete"),
-        (
-            ",".join(COLUMNS) + "\na.png,,t,,0.5,ok,,1.0,,,,\nb.png,,t,,high,ok,,1.0,,,,\n",
-            "row 2 is incomplete or damaged",
-        ),
-        (b"\xff\xfe\x00", "cannot be read as a table"),
-    ],
-)
-def test_a_damaged_table_is_refused_by_row(tmp_path, content, message):
-    path = tmp_path / "scores.csv"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ManifestError, match=message):
-        read_scores(path)
-
-
-def test_a_missing_table_is_a_manifest_error(tmp_path):
-    with pytest.raises(ManifestError, match=r"scores.csv: cannot be read"):
-        read_scores(tmp_path / "scores.csv")
 
 
 def lightness(rgb):

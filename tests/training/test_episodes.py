@@ -98,7 +98,9 @@ def test_episodes_become_one_batch_of_tensors():
 
     sampler = EpisodeSampler(TASKS, shots=3)
     sampler.set_epoch(2)
-    batches = list(DataLoader(Episodes(fetch), batch_size=8, sampler=sampler, collate_fn=as_is))
+    batches = list(
+        DataLoader(Episodes(fetch, support_levels=slice(-1, None)), batch_size=8, sampler=sampler, collate_fn=as_is)
+    )
     assert all(isinstance(batch, Batch) for batch in batches)
     assert [len(batch.query["teacher"][0]) for batch in batches] == [8, 8, 4]
     drawn = torch.tensor(epoch(2)).float()

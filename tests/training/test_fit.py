@@ -17,7 +17,8 @@ from anatomaly.data.manifest import load_manifest
 from anatomaly.detector.bundle import read_tensors
 from anatomaly.detector.detector import Detector
 from anatomaly.errors import AnatomalyError, ConfigError, OutputError, ReadError
-from anatomaly.methods import D24FAD, build_method
+from anatomaly.methods import METHODS, build_method
+from anatomaly.methods.d24fad import D24FAD
 from anatomaly.methods.settings import D24FADSettings, PDDSettings
 from anatomaly.synthetic.phantom import MARKER, write_benchmark
 from anatomaly.training import fit as training
@@ -35,7 +36,9 @@ TASKS = ("brain_mr", "fundus")
 
 def settings(*, preprocessing=SMALL, **choices):
     defaults = {"shots": 2, "epochs": 2, "batch_size": 5, "learning_rate": 1e-3, "validate_every": 1, "device": "cpu"}
-    return FitConfig(preprocessing=preprocessing, training=TrainingConfig(**{**defaults, **choices}))
+    return FitConfig(
+        MethodConfig("d24fad"), preprocessing=preprocessing, training=TrainingConfig(**{**defaults, **choices})
+    )
 
 
 def write_scans(folder, **counts):
@@ -88,7 +91,7 @@ def test_a_bundle_is_written_that_gives_the_same_detector(finished, scans):
     assert loaded.model_hash == detector.model_hash
     assert loaded.preprocessing == detector.preprocessing == SMALL
     assert not loaded.method.training
-    facts = loaded.facts["training"]
+    facts = loaded.facts.training
     assert (facts["tasks"], facts["images"], facts["epochs"]) == (list(TASKS), 10, 3)  # 1 of 6 is held out in each
     assert facts["manifest"] == scans.fingerprint()
     assert not (out / "teacher.safetensors").exists()  # an installed package has them
@@ -103,8 +106,8 @@ def test_progress_tells_every_epoch(finished):
         assert line["val_auroc"] == pytest.approx(sum(line[f"val_auroc/{task}"] for task in TASKS) / 2)
         assert 0 <= line["val_auroc"] <= 1
     best = max(lines, key=lambda line: line["val_auroc"])  # the first of equals
-    assert detector.facts["training"]["best_epoch"] == best["epoch"]
-    assert detector.facts["training"]["val_auroc"] == best["val_auroc"]
+    assert detector.facts.training["best_epoch"] == best["epoch"]
+    assert detector.facts.training["val_auroc"] == best["val_auroc"]
 
 
 def test_the_loss_falls(scans, tmp_path, one_teacher):
@@ -190,7 +193,7 @@ def test_a_run_killed_before_its_bundle_is_whole_is_not_trained_again(scans, tmp
 
 def test_a_finished_run_returns_at_once(finished, scans, monkeypatch):
     out, detector = finished
-    monkeypatch.setattr(training, "_train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(training, "train_student", lambda *_: pytest.fail("trained again"))
     monkeypatch.setattr(Detector, "save", lambda *_: pytest.fail("written again"))
     assert fit(scans, out, settings(epochs=3)).model_hash == detector.model_hash
 
@@ -201,7 +204,7 @@ def test_every_validated_epoch_is_kept_where_asked(finished, scans, tmp_path, on
     kept = {file.name: state_digest(read_tensors(file)) for file in (out / "training").glob("epoch_*.safetensors")}
     assert sorted(kept) == ["epoch_1.safetensors", "epoch_2.safetensors"]
     assert len(set(kept.values())) == 2
-    assert kept[f"epoch_{detector.facts['training']['best_epoch']}.safetensors"] == digest(detector)
+    assert kept[f"epoch_{detector.facts.training['best_epoch']}.safetensors"] == digest(detector)
     assert not list((finished[0] / "training").glob("epoch_*"))
     assert kept["epoch_2.safetensors"] == state_digest(fit_last(finished[0])), "keeping them changes no number"
 
@@ -229,7 +232,7 @@ def older(finished, tmp_path):
 def test_a_run_recorded_before_a_setting_is_still_the_same_run(older, finished, scans, monkeypatch, one_teacher):
     out = older("keep_checkpoints")
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_train", lambda *_: pytest.fail("trained again"))
+        patch.setattr(training, "train_student", lambda *_: pytest.fail("trained again"))
         assert fit(scans, out, settings(epochs=3)).model_hash == finished[1].model_hash
         with pytest.raises(ConfigError, match=r"\(training\.keep_checkpoints False, now True\)"):
             fit(scans, out, settings(epochs=3, keep_checkpoints=True))
@@ -247,7 +250,7 @@ OTHERS = {
     "training.epochs 3, now 4": settings(epochs=4),
     "training.seed 111, now 1": settings(epochs=3, seed=1),
     "preprocessing.resize squash, now pad": settings(epochs=3, preprocessing=replace(SMALL, resize="pad")),
-    "method.distance flattened, now positionwise": replace(
+    "method.d24fad.distance flattened, now positionwise": replace(
         settings(epochs=3), method=MethodConfig("d24fad", D24FADSettings(distance="positionwise"))
     ),
     "teacher.normalise True, now False": replace(settings(epochs=3), teacher=TeacherConfig(normalise=False)),
@@ -274,7 +277,7 @@ def test_a_folder_is_not_shared_by_two_data_sets(finished, scans):
 def test_the_feature_cache_changes_no_loss(scans, tmp_path, monkeypatch, one_teacher):
     fit(scans, tmp_path / "cached", settings(epochs=1))
     caches = []
-    monkeypatch.setattr(training, "FeatureCache", lambda **options: caches.append(FeatureCache(**options)) or caches[0])
+    monkeypatch.setattr(loaders, "FeatureCache", lambda **options: caches.append(FeatureCache(**options)) or caches[0])
     fit(scans, tmp_path / "anew", settings(epochs=1, cache_gib=0.0))
     assert (caches[0].hits, caches[0].memory_used) == (0, 0), "cached in spite of cache_gib=0"
     torch.testing.assert_close(losses(tmp_path / "cached"), losses(tmp_path / "anew"), rtol=1e-5, atol=1e-5)
@@ -319,7 +322,7 @@ def test_the_best_epoch_is_kept_and_the_first_of_equals(scans, tmp_path, monkeyp
     figures = iter([0.5, 0.9, 0.9])
     monkeypatch.setattr(Validation, "__call__", lambda self: {"val_auroc": next(figures)})
     detector = fit(scans, tmp_path / "three", settings(epochs=3))
-    assert {name: detector.facts["training"][name] for name in ("best_epoch", "val_auroc")} == {
+    assert {name: detector.facts.training[name] for name in ("best_epoch", "val_auroc")} == {
         "best_epoch": 1,
         "val_auroc": 0.9,
     }
@@ -338,7 +341,7 @@ def test_the_best_epoch_is_remembered_when_a_run_goes_on(scans, tmp_path, monkey
     monkeypatch.setattr(Validation, "__call__", validate)
     with pytest.raises(Killed):
         fit(scans, tmp_path / "model", settings())
-    assert fit(scans, tmp_path / "model", settings()).facts["training"]["best_epoch"] == 0
+    assert fit(scans, tmp_path / "model", settings()).facts.training["best_epoch"] == 0
 
 
 def test_validation_is_every_few_epochs_and_at_the_end_in_eval_mode(scans, tmp_path, monkeypatch, one_teacher):
@@ -451,7 +454,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(scans, tmp_path):
 def test_test_files_are_not_even_hashed(scans, tmp_path, one_teacher):
     ghost = Sample(tmp_path / "gone.png", TASKS[0], "test", 1)
     detector = fit(replace(scans, samples=(*scans.samples, ghost)), tmp_path / "model", settings(epochs=0))
-    assert detector.facts["training"]["manifest"] == scans.fingerprint()
+    assert detector.facts.training["manifest"] == scans.fingerprint()
 
 
 def cosine_rate(epoch, *, start, period):
@@ -459,7 +462,9 @@ def cosine_rate(epoch, *, start, period):
 
 
 def test_the_cosine_schedule_falls_to_a_tenth_and_rises_again(tmp_path):
-    config = FitConfig(training=TrainingConfig(learning_rate=2e-3, schedule="cosine", epochs=100))
+    config = FitConfig(
+        MethodConfig("d24fad"), training=TrainingConfig(learning_rate=2e-3, schedule="cosine", epochs=100)
+    )
     parts = StudentTraining(torch.nn.Linear(1, 1), dict, tmp_path, config).configure_optimizers()
     rates = []
     for _ in range(100):
@@ -609,7 +614,9 @@ def lesion_loader(manifest, method, **choices):
     """The loader of attention and the rows it was made of."""
     config = settings(**{"shots": 2, "batch_size": 2, **choices})
     rows = sorted(manifest.samples, key=lambda sample: sample.task)
-    return loaders.training_loader(method, rows, Preparation(SMALL, {}, "cpu"), config.training), rows
+    return loaders.training_loader(
+        method, rows, Preparation(SMALL, {}, "cpu"), config.training, record=METHODS["attention"]
+    ), rows
 
 
 @pytest.mark.parametrize(("synthetic", "added"), [(0, 0), (4, 5)])
@@ -621,11 +628,11 @@ def test_built_in_tasks_are_added_to_other_data_but_not_to_built_in_ones(scans, 
         assert sizes == [6, 6, *[synthetic] * more]
         assert sorted(index for members in loader.dataset.members for index in members) == list(range(sum(sizes)))
         assert len(rows) == 12
-        config = settings(shots=2, synthetic=synthetic)
-        facts = training._facts(method, config, manifest, manifest)["training"]
+        config = replace(settings(shots=2, synthetic=synthetic), method=ATTENTION)
+        facts = training._training_facts(config, manifest, manifest)
         assert facts["synthetic"] == (synthetic if more else 0), "what a bundle says is what was trained on"
-    other = training._facts(build_method("d24fad", lite0), settings(synthetic=9), elsewhere, elsewhere)
-    assert other["training"]["synthetic"] == 0
+    other = training._training_facts(settings(synthetic=9), elsewhere, elsewhere)
+    assert other["synthetic"] == 0
 
 
 def test_images_and_features_of_a_number_belong_together(elsewhere, lite0):
@@ -665,7 +672,7 @@ def test_batches_of_attention_can_be_learned_from(elsewhere, lite0, short_epochs
 
 def test_a_run_recorded_before_there_were_synthetic_images_is_the_same_run(older, finished, scans, monkeypatch):
     out = older("synthetic")
-    monkeypatch.setattr(training, "_train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(training, "train_student", lambda *_: pytest.fail("trained again"))
     assert fit(scans, out, settings(epochs=3)).model_hash == finished[1].model_hash
     with pytest.raises(ConfigError, match=r"\(training\.synthetic 0, now 5\)"):
         fit(scans, out, settings(epochs=3, synthetic=5))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from anatomaly.audit.published import D24FAD_BATCH, MapScores, RunScores, shuffled_loader
+from anatomaly.audit.published import ACROSS_BATCH, MapScores, RunScores, shuffled_loader
 from anatomaly.files import output_error
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Collector:
 
     def shuffled(self, labels: NDArray[np.int64], *, orders: int, seed: int) -> list[float]:
         """AUROC with a shuffled loader, one per order; none where no maps were kept or there is no whole batch."""
-        if self._file is None or len(labels) < D24FAD_BATCH:
+        if self._file is None or len(labels) < ACROSS_BATCH:
             return []
         maps = np.memmap(self._file, np.float32, "r", shape=(len(labels), *self._size))
         return list(map(float, shuffled_loader(maps, labels, orders=orders, seed=seed, released=self._released)))

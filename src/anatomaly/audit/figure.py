@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from anatomaly.audit.published import ACROSS, FIRST, SOUND
 from anatomaly.results.pictures import encode_picture
 
 if TYPE_CHECKING:
@@ -22,16 +23,16 @@ _LEFT, _RIGHT, _ROW, _SUBROW = 300, 770, 62, 48  # a hollow row belongs to the o
 _PAPER, _INK, _SOFT, _GRID = (255, 255, 255), (30, 34, 40), (105, 112, 122), (226, 229, 233)
 #: Blue for what may be quoted, orange and plum for what may not; distinct also in grey and to colour-blind readers.
 _COLOURS = {
-    "sound": (20, 96, 170),
+    SOUND: (20, 96, 170),
     "as given": (70, 130, 120),
-    "published-d24fad": (214, 96, 20),
-    "published-pdd": (140, 50, 130),
+    ACROSS: (214, 96, 20),
+    FIRST: (140, 50, 130),
 }
 _WORDS = {
-    "sound": "each image alone, all images",
+    SOUND: "each image alone, all images",
     "as given": "the tool's own scores",
-    "published-d24fad": "blurred across batches of 16",
-    "published-pdd": "first image of every 10",
+    ACROSS: "blurred across batches of 16",
+    FIRST: "first image of every 10",
 }
 
 
@@ -104,12 +105,12 @@ def _strips(audit: Audit) -> list[_Strip]:
         low, high = result.interval[1:]
         words = _WORDS[result.protocol]
         strips.append(_Strip(result.protocol, words, colour, values, result.auroc, low, high, scored))
-        if result.protocol == "published-d24fad" and (shuffled := audit.runs.shuffled):
+        if result.protocol == ACROSS and (shuffled := audit.runs.shuffled):
             ends = (float(np.mean(shuffled)), min(shuffled), max(shuffled))
             words = f"loader shuffled, {len(shuffled)} orders"
             strips.append(_Strip("", words, colour, shuffled, *ends, scored, hollow=True))
         mean, _, low, high = audit.file_name_range()
-        if result.protocol == "published-pdd" and math.isfinite(mean):
+        if result.protocol == FIRST and math.isfinite(mean):
             names = [value for value in audit.file_names if math.isfinite(value)]
             words = f"first draw, {len(names)} other file names" if values else f"{len(names)} other file names"
             strips.append(_Strip("", words, colour, names, mean, low, high, scored, hollow=True))

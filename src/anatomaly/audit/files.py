@@ -15,9 +15,10 @@ import numpy as np
 
 from anatomaly.audit.collect import Collector, draws_to_keep, shuffled_draws
 from anatomaly.audit.measure import Runs, require_labels
-from anatomaly.audit.published import RunScores, file_order
-from anatomaly.data.layouts import label_of
+from anatomaly.audit.published import ACROSS, RunScores, file_order
+from anatomaly.data.words import label_of
 from anatomaly.errors import ConfigError, ManifestError, ReadError
+from anatomaly.evaluation.cells import SCORES
 from anatomaly.evaluation.protocols import samples_to_test
 from anatomaly.results.writer import COLUMNS
 from anatomaly.types import Scoring
@@ -68,9 +69,10 @@ def run_files(
     """Read a tool's maps and scores of a task's test split for an audit.
 
     Args:
-        source: The table, or a folder with `scores.csv` or a single CSV file.  Columns: `path` (matched to the manifest
-            by the longest common end) or `map`; `score` and/or `map` (a `.npy` file beside the table or in `maps`);
-            `label` where the manifest has none; optionally `frame`, `task`, `shots`, `draw`, `epoch`.
+        source: The table, or a folder with `scores.csv`, `test_scores.csv` or a single CSV file.  Columns: `path`
+            (matched to the manifest by the longest common end) or `map`; `score` and/or `map` (a `.npy` file beside the
+            table or in `maps`); `label` where the manifest has none; optionally `frame`, `task`, `shots`, `draw`,
+            `epoch`.
         manifest: The data set.
         task: The task.
         shots: K, where the table holds several.
@@ -165,11 +167,10 @@ def _notes(mapped: bool, blur: float, size: tuple[int, int] | None, epochs: int)
     notes = []
     if not mapped:
         notes.append(
-            "These are scores without maps: the blur across the batch (`published-d24fad`) needs the maps and is left "
-            "out."
+            f"These are scores without maps: the blur across the batch (`{ACROSS}`) needs the maps and is left out."
         )
     elif blur == 0:
-        notes.append("The maps are taken as blurred already: `published-d24fad` blurs along the batch only.")
+        notes.append(f"The maps are taken as blurred already: `{ACROSS}` blurs along the batch only.")
     else:
         notes.append(f"The maps are taken as unblurred; every protocol blurs them in the plane with sigma {blur:g}.")
     if size is not None:
@@ -184,10 +185,12 @@ def _notes(mapped: bool, blur: float, size: tuple[int, int] | None, epochs: int)
 
 def _find_table(source: Path) -> Path:
     if source.is_dir():
-        found = [source / "scores.csv"] if (source / "scores.csv").is_file() else sorted(source.glob("*.csv"))
+        known = [source / name for name in ("scores.csv", SCORES) if (source / name).is_file()]
+        found = known or sorted(source.glob("*.csv"))
         if len(found) != 1:
+            which = "tables of scores" if known else "CSV files"
             raise ManifestError(
-                f"{source}: holds {len(found)} CSV files, expected scores.csv or a single one. {_ADVICE}"
+                f"{source}: holds {len(found)} {which}, expected scores.csv, {SCORES} or a single one. {_ADVICE}"
             )
         return found[0]
     return source

@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from anatomaly.audit.published import PROTOCOLS, Floats, Judged, Protocol, RunScores, auroc_of, judge, other_file_names
+from anatomaly.audit.published import (
+    ACROSS,
+    FIRST,
+    PROTOCOLS,
+    SOUND,
+    Floats,
+    Judged,
+    Protocol,
+    RunScores,
+    auroc_of,
+    judge,
+    other_file_names,
+)
 from anatomaly.errors import ManifestError
 from anatomaly.evaluation.metrics import Interval, auroc, bootstrap, image_metrics
 
@@ -17,10 +29,7 @@ if TYPE_CHECKING:
 
     from anatomaly.types import Sample
 
-#: Which release a method belongs to; foreign tools and nearest neighbours are few-shot, like D24FAD.
-RELEASE: Mapping[str, Protocol] = {"pdd": "published-pdd"}
-
-_ORDERS = 200  # random file names for "published-pdd"
+_ORDERS = 200  # random file names for `FIRST`
 
 
 @dataclass(frozen=True)
@@ -29,14 +38,14 @@ class Runs:
 
     Attributes:
         source: The model or the files, as the user named it.
-        method: "d24fad", "pdd", "nearest", or "files" for another tool's.
+        method: Name of the method, or "files" for another tool's.
         task: The task.
         shots: K; 0 without support, None where it is not known.
         samples: The N scored rows, in file order.
         labels: (N,) 0 normal, 1 anomalous.
         unreadable: Rows without a score, and why.
         draws: Scores by draw, at the checkpoint that would be used.
-        shuffled: AUROC of "published-d24fad" with a shuffled loader, one per random order; empty without maps.
+        shuffled: AUROC of `audit.published.ACROSS` with a shuffled loader, one per random order; empty without maps.
         epochs: Scores by epoch and draw; empty where no checkpoints were kept.
         chosen: The epoch in `epochs` that was chosen without test labels, or None.
         given: (draws, N) scores of the tool itself, where maps were judged beside them.
@@ -147,7 +156,7 @@ class Audit:
     Attributes:
         runs: What was audited.
         results: One per protocol that could be computed, the sound one first.
-        file_names: AUROC of "published-pdd" on the first draw under other file names, NaN where undefined.
+        file_names: AUROC of `audit.published.FIRST` on the first draw under other file names, NaN where undefined.
         epochs: One per protocol; empty where no checkpoints were kept.
         as_released: One per published protocol that could be computed.
     """
@@ -160,9 +169,9 @@ class Audit:
 
     @property
     def release(self) -> Protocol:
-        """The published protocol of the audited method; PDD's where there are no maps for D24FAD's."""
-        wanted = RELEASE.get(self.runs.method, "published-d24fad")
-        return wanted if any(result.protocol == wanted for result in self.results) else "published-pdd"
+        """The published protocol of methods like the audited one: `ACROSS` with supports, if there are maps for it."""
+        few_shot = self.runs.shots != 0 and any(result.protocol == ACROSS for result in self.results)
+        return ACROSS if few_shot else FIRST
 
     def result(self, protocol: str) -> ProtocolResult:
         """The figures of one protocol."""
@@ -208,7 +217,7 @@ def measure(runs: Runs, *, seed: int = 0) -> Audit:
         runs=runs,
         results=tuple(results),
         file_names=tuple(names.tolist()),
-        epochs=tuple(_epochs(protocol, runs) for protocol in ("sound", *published) if runs.epochs),
+        epochs=tuple(_epochs(protocol, runs) for protocol in (SOUND, *published) if runs.epochs),
         as_released=tuple(_as_released(protocol, runs) for protocol in published),
     )
 

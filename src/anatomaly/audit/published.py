@@ -9,7 +9,7 @@ with these functions; a method cannot be judged with them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -25,10 +25,11 @@ if TYPE_CHECKING:
 
 Protocol = Literal["sound", "published-d24fad", "published-pdd"]
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
+SOUND, ACROSS, FIRST = PROTOCOLS  # each image alone; blurred across the batch; the first of each batch
 
 #: Blur in the plane and pooling of both releases.
 RELEASED = Scoring(blur=4.0, pooling="max")
-D24FAD_BATCH, PDD_BATCH = 16, 10
+ACROSS_BATCH, FIRST_BATCH = 16, 10
 _BATCH_SIGMA = 4.0  # of D24FAD's release along the batch, in images
 
 Floats = NDArray[np.float64]
@@ -141,8 +142,8 @@ class MapScores:
         alone += image_score(own, self._sound).tolist()
         released += image_score(blurred, self._released).tolist()
         self._waiting += list(blurred.numpy())
-        while len(self._waiting) >= D24FAD_BATCH:
-            batch, self._waiting = np.stack(self._waiting[:D24FAD_BATCH]), self._waiting[D24FAD_BATCH:]
+        while len(self._waiting) >= ACROSS_BATCH:
+            batch, self._waiting = np.stack(self._waiting[:ACROSS_BATCH]), self._waiting[ACROSS_BATCH:]
             across += image_score(torch.from_numpy(blur_across(batch)), self._released).tolist()
         return blurred.numpy()
 
@@ -162,55 +163,21 @@ def judge(protocol: Protocol, scores: RunScores, labels: NDArray[np.int64]) -> J
         labels: (N,) 0 normal, 1 anomalous.
 
     Returns:
-        The scores that count; None for "published-d24fad" without maps.
+        The scores that count; None for `ACROSS` without maps.
 
     Raises:
         ValueError: The lengths differ.
     """
     if len(scores.alone) != len(labels):
         raise ValueError(f"judge: got {len(scores.alone)} scores and {len(labels)} labels, expected one per image.")
-    if protocol == "published-pdd":
+    if protocol == FIRST:
         return first_of_batches(scores.released, labels)
-    if protocol == "published-d24fad" and scores.across is None:
+    if protocol == ACROSS and scores.across is None:
         return None
-    if protocol == "sound" or scores.across is None:
+    if protocol == SOUND or scores.across is None:
         return Judged(scores.alone, labels, np.arange(len(labels)), len(labels))
     places = np.flatnonzero(~np.isnan(scores.across))
     return Judged(scores.across[places], labels[places], places, len(labels))
-
-
-def score_maps(
-    protocol: Protocol,
-    maps: Iterable[NDArray[np.float32]],
-    labels: NDArray[np.int64],
-    *,
-    sound: Scoring = RELEASED,
-    released: Scoring = RELEASED,
-) -> Judged:
-    """Judge N maps under one protocol.
-
-    Args:
-        protocol: One of `PROTOCOLS`.
-        maps: N unblurred maps in file order, each (H, W), float32; loaded one by one.
-        labels: (N,) 0 normal, 1 anomalous.
-        sound: Blur and pooling of the sound protocol.
-        released: Blur in the plane and pooling of the published ones.
-
-    Raises:
-        ValueError: Lengths or shapes differ.
-
-    Example:
-        >>> maps = np.linspace(0, 1, 32, dtype=np.float32)[:, None, None] * np.ones((8, 8), np.float32)
-        >>> labels = np.arange(32) // 16
-        >>> [len(score_maps(protocol, maps, labels).scores) for protocol in PROTOCOLS]
-        [32, 32, 4]
-    """
-    scores = MapScores(sound=sound, released=released)
-    for one in maps:
-        scores.add(np.asarray(one, np.float32)[None])
-    judged = judge(protocol, scores.finish(), labels)
-    assert judged is not None  # there are maps
-    return judged
 
 
 def first_of_batches(scores: Floats, labels: NDArray[np.int64]) -> Judged:
@@ -220,7 +187,7 @@ def first_of_batches(scores: Floats, labels: NDArray[np.int64]) -> Judged:
         scores: (N,) of each image alone.
         labels: (N,) 0 normal, 1 anomalous.
     """
-    places = np.arange(0, len(scores), PDD_BATCH)
+    places = np.arange(0, len(scores), FIRST_BATCH)
     largest = np.maximum.reduceat(labels, places) if len(labels) else labels
     return Judged(scores[places], largest, places, len(labels))
 
@@ -231,7 +198,7 @@ def auroc_of(judged: Judged) -> float:
 
 
 def other_file_names(scores: Floats, labels: NDArray[np.int64], *, orders: int = 200, seed: int = 0) -> Floats:
-    """AUROC of "published-pdd" had the files other names: class by class as before, within a class in random order.
+    """AUROC of `FIRST` had the files other names: class by class as before, within a class in random order.
 
     Args:
         scores: (N,) of each image alone, in file order.
@@ -258,7 +225,7 @@ def shuffled_loader(
     seed: int = 0,
     released: Scoring = RELEASED,
 ) -> Floats:
-    """AUROC of "published-d24fad" had its loader been shuffled, so that neighbours share no label.
+    """AUROC of `ACROSS` had its loader been shuffled, so that neighbours share no label.
 
     Args:
         blurred: (N, H, W), float32, blurred in the plane; may lie on disk, 16 maps are read at a time.
@@ -274,9 +241,9 @@ def shuffled_loader(
     values = np.empty(orders)
     for number in range(orders):
         order = generator.permutation(len(labels))
-        places = order[: len(order) - len(order) % D24FAD_BATCH]
+        places = order[: len(order) - len(order) % ACROSS_BATCH]
         scores: list[float] = []
-        for batch in places.reshape(-1, D24FAD_BATCH):
+        for batch in places.reshape(-1, ACROSS_BATCH):
             smoothed = blur_across(np.stack([blurred[place] for place in batch]))
             scores += image_score(torch.from_numpy(smoothed), released).tolist()
         values[number] = auroc_of(Judged(np.array(scores), labels[places], places, len(labels)))

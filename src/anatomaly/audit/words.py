@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from anatomaly.audit.figure import draw_audit
-from anatomaly.audit.published import D24FAD_BATCH, PDD_BATCH
+from anatomaly.audit.published import ACROSS, ACROSS_BATCH, FIRST, FIRST_BATCH, SOUND
 from anatomaly.evaluation.metrics import summarise_draws
 from anatomaly.files import write_whole
+from anatomaly.tables import Table
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,16 +25,14 @@ def write_audit(audit: Audit, out: Path) -> None:
     Raises:
         OutputError: `out` cannot be written.
     """
-    stream = io.StringIO()
-    csv.writer(stream, lineterminator="\n").writerows(_lines(audit))
     write_whole(out / "audit.json", (json.dumps(_plain(_facts(audit)), indent=2) + "\n").encode())
-    write_whole(out / "audit.csv", stream.getvalue().encode(errors="backslashreplace"))
+    write_whole(out / "audit.csv", _figures(audit).csv())
     write_whole(out / "audit.png", draw_audit(audit))
     write_whole(out / "audit.md", explain(audit).encode(errors="backslashreplace"))
 
 
-def table_of(audit: Audit) -> tuple[list[str], list[list[str]]]:
-    """Column titles and one row of cells per evaluation."""
+def table_of(audit: Audit) -> Table:
+    """One row per evaluation."""
     draws = len(audit.runs.draws)
     columns = ["evaluation", "image AUROC", "95 % interval", "AP", "F1max", "images scored"]
     columns += ["best draw"] * (draws > 1)
@@ -45,7 +42,7 @@ def table_of(audit: Audit) -> tuple[list[str], list[list[str]]]:
         cells = [result.protocol, mean_sd(result.draws), "" if math.isnan(low) else f"{low:.3f} to {high:.3f}"]
         cells += [number(result.ap), number(result.f1max), f"{result.scored} of {result.total}"]
         rows.append(cells + [f"{max(result.draws):.3f} ({_signed(result.luck)})"] * (draws > 1))
-    return columns, rows
+    return Table(f"{audit.runs.source} on {audit.runs.task}", columns, rows)
 
 
 def mean_sd(values: tuple[float, ...]) -> str:
@@ -75,7 +72,6 @@ def explain(audit: Audit) -> str:
     normal = int((runs.labels == 0).sum())
     shots = "" if not runs.shots else f" K = {runs.shots} support images,"
     draws = f"{len(runs.draws)} support draws" if len(runs.draws) > 1 else "one run"
-    columns, rows = table_of(audit)
     lines = [
         f"# Audit of {runs.source} on {runs.task}",
         "",
@@ -83,7 +79,7 @@ def explain(audit: Audit) -> str:
         f"{len(runs.labels) - normal} anomalous test images. Image AUROC is the mean ± standard deviation over the "
         "draws; the interval is a bootstrap of that mean over test images (patients where known).",
         "",
-        *(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows)),
+        table_of(audit).markdown(),
         "",
         "![Image AUROC under every evaluation](audit.png)",
         "",
@@ -103,7 +99,7 @@ def _examples(audit: Audit) -> str:
 
 def paragraphs(audit: Audit) -> list[str]:
     """The explanation, one statement per figure."""
-    sound = audit.result("sound")
+    sound = audit.result(SOUND)
     found = {result.protocol: result for result in audit.results}
     said = [
         f"**sound, {mean_sd(sound.draws)}**: every image is blurred alone and every image is scored. This is what the "
@@ -120,20 +116,18 @@ def paragraphs(audit: Audit) -> list[str]:
             "`sound`, the tool scores maps of another size (`predict` those of the network, before they are brought to "
             "the grid of the file), turns a map into a score in another way, or lets other images into it."
         )
-    if d24fad := found.get("published-d24fad"):
-        said.append(_across(audit, d24fad, sound))
+    if across := found.get(ACROSS):
+        said.append(_across(audit, across, sound))
     elif audit.runs.draws[0].across is not None:
-        said.append(
-            f"**published-d24fad** scores no image: there are fewer than {D24FAD_BATCH}, and it drops the rest."
-        )
-    said.append(_first_of_ten(audit, found["published-pdd"]))
+        said.append(f"**{ACROSS}** scores no image: there are fewer than {ACROSS_BATCH}, and it drops the rest.")
+    said.append(_first_of_ten(audit, found[FIRST]))
     if len(sound.draws) > 1:
         said.append(
             f"**A lucky support draw** adds {_signed(sound.luck)} under the sound evaluation (best of "
             f"{len(sound.draws)} draws {max(sound.draws):.3f}, mean {sound.auroc:.3f}, worst {min(sound.draws):.3f}). "
             "A figure of a single draw may lie anywhere in this range."
         )
-    said += [_epoch(choice) for choice in audit.epochs if choice.protocol in ("sound", audit.release)]
+    said += [_epoch(choice) for choice in audit.epochs if choice.protocol in (SOUND, audit.release)]
     said += [_together(audit)]
     return said + list(audit.runs.notes)
 
@@ -141,8 +135,8 @@ def paragraphs(audit: Audit) -> list[str]:
 def _across(audit: Audit, result: ProtocolResult, sound: ProtocolResult) -> str:
     shuffled = audit.runs.shuffled
     text = (
-        f"**published-d24fad, {mean_sd(result.draws)}** ({_signed(result.auroc - sound.auroc)} on sound): D²4FAD's "
-        f"release smooths the maps of a batch as one block of {D24FAD_BATCH} images, so that an image's own weight in "
+        f"**{ACROSS}, {mean_sd(result.draws)}** ({_signed(result.auroc - sound.auroc)} on sound): D²4FAD's "
+        f"release smooths the maps of a batch as one block of {ACROSS_BATCH} images, so that an image's own weight in "
         "its score is 0.10 to 0.20 and the rest comes from its neighbours in the file list. The list is sorted by "
         "class: the neighbours carry the label into the score. The last incomplete batch is dropped, "
         f"{_images(sound.scored - result.scored)}."
@@ -160,8 +154,8 @@ def _first_of_ten(audit: Audit, result: ProtocolResult) -> str:
     mean, sd, low, high = audit.file_name_range()
     undefined = sum(math.isnan(value) for value in audit.file_names)
     text = (
-        f"**published-pdd, {mean_sd(result.draws)}**: PDD's single-class release scores the first image of every batch "
-        f"of {PDD_BATCH}, {result.scored} of {result.total}, and calls it anomalous if any image of the batch is "
+        f"**{FIRST}, {mean_sd(result.draws)}**: PDD's single-class release scores the first image of every batch "
+        f"of {FIRST_BATCH}, {result.scored} of {result.total}, and calls it anomalous if any image of the batch is "
         f"(true here of {_images(result.relabelled, 'normal ')})."
     )
     if not math.isnan(mean):
@@ -186,7 +180,7 @@ def _epoch(choice: Any) -> str:
 
 
 def _together(audit: Audit) -> str:
-    sound = audit.result("sound")
+    sound = audit.result(SOUND)
     several = len(audit.runs.draws) > 1
     parts = []
     for habits in audit.as_released:
@@ -214,9 +208,9 @@ def _facts(audit: Audit) -> dict[str, Any]:
             | ({"lucky_draw_adds": result.luck} if len(result.draws) > 1 else {})
             for result in audit.results
         },
-        "shuffled_loader": {"protocol": "published-d24fad", "auroc": list(runs.shuffled)},
+        "shuffled_loader": {"protocol": ACROSS, "auroc": list(runs.shuffled)},
         "other_file_names": {
-            "protocol": "published-pdd",
+            "protocol": FIRST,
             "mean": mean,
             "sd": sd,
             "low": low,
@@ -248,19 +242,20 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _lines(audit: Audit) -> list[list[object]]:
-    lines: list[list[object]] = [["task", "evaluation", "what", "number", "auroc", "scored", "total"]]
+def _figures(audit: Audit) -> Table:
+    """A figure per line."""
+    lines: list[list[object]] = []
 
     def add(result: ProtocolResult | None, evaluation: str, what: str, values: dict[int, float]) -> None:
         counts = ["", ""] if result is None else [result.scored, result.total]
         for place, value in values.items():
-            lines.append([audit.runs.task, evaluation, what, place, "" if math.isnan(value) else value, *counts])
+            lines.append([audit.runs.task, evaluation, what, place, value, *counts])
 
     found = {result.protocol: result for result in audit.results}
     for result in audit.results:
         add(result, result.protocol, "draw", dict(enumerate(result.draws)))
-    add(found.get("published-d24fad"), "published-d24fad", "shuffled loader", dict(enumerate(audit.runs.shuffled)))
-    add(found.get("published-pdd"), "published-pdd", "other file names", dict(enumerate(audit.file_names)))
+    add(found.get(ACROSS), ACROSS, "shuffled loader", dict(enumerate(audit.runs.shuffled)))
+    add(found.get(FIRST), FIRST, "other file names", dict(enumerate(audit.file_names)))
     for choice in audit.epochs:
         add(found.get(choice.protocol), choice.protocol, "epoch", dict(choice.aurocs))
-    return lines
+    return Table("", ["task", "evaluation", "what", "number", "auroc", "scored", "total"], lines)

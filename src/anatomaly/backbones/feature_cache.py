@@ -140,11 +140,6 @@ class FeatureCache:
         """Entries found in memory or on disk so far."""
         return self.memory_hits + self.disk_hits
 
-    @property
-    def disk_used(self) -> int:
-        """Bytes in the folder, this process's view of it; 0 without one."""
-        return 0 if self._disk is None else self._disk.used()
-
     def get(
         self, teachers: Mapping[str, Teacher], images: Sequence[str], load: Load, *, levels: slice = slice(None)
     ) -> Features:

@@ -20,6 +20,7 @@ from urllib.error import URLError
 import torch
 
 from anatomaly.errors import WeightsError
+from anatomaly.files import file_digest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -125,15 +126,6 @@ def _verify(name: str, file: Path, sha256: str) -> None:
             f"{name}: {file} has sha256 {got[:16]}..., expected {sha256[:16]}... "
             "The file is damaged or another one: delete it, or pass it on purpose with --teacher.weights FILE."
         )
-
-
-def file_digest(file: Path) -> str:
-    """SHA-256 of a file, hex, read in blocks of 1 MiB."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def state_digest(state: Mapping[str, Tensor]) -> str:

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 from anatomaly.data.manifest import load_manifest
 from anatomaly.data.transforms import load
 from anatomaly.errors import OutputError
-from anatomaly.evaluation.cells import Evaluation, table_of
 from anatomaly.evaluation.evaluate import evaluate
+from anatomaly.evaluation.evaluation import Evaluation, table_of
 from anatomaly.evaluation.protocols import samples_to_test
-from anatomaly.presets import DEFAULT_PRESET, REFERENCE_PRESET, load_preset
+from anatomaly.presets import DEMO_PRESETS, load_preset
 from anatomaly.results.folder import predict_to_folder
-from anatomaly.results.page import Table
 from anatomaly.synthetic.phantom import write_benchmark
 from anatomaly.training.fit import fit
 
@@ -25,8 +24,6 @@ logger = logging.getLogger(__name__)
 
 _TASK = "head_ct"
 _SHOTS = (2, 4, 8)
-#: The default first: the report is its.
-_COMPARED = (DEFAULT_PRESET, "d24fad-quick", REFERENCE_PRESET)
 
 
 def demo(out: Path, *, seed: int = 0) -> tuple[Path, list[tuple[str, Evaluation]]]:
@@ -49,7 +46,7 @@ def demo(out: Path, *, seed: int = 0) -> tuple[Path, list[tuple[str, Evaluation]
     manifest = load_manifest(write_benchmark(out / "data", train=60, seed=seed))
     logger.info("Training on %s ...", ", ".join(task for task in manifest.tasks if task != _TASK))
     others = manifest.select(task=[task for task in manifest.tasks if task != _TASK])
-    configs = {config.method.name: config for config in map(load_preset, _COMPARED)}
+    configs = {config.method.name: config for config in map(load_preset, DEMO_PRESETS)}
     detectors = {
         name: fit(others, out / "models" / name, replace(config, training=replace(config.training, seed=seed)))
         for name, config in configs.items()
@@ -63,13 +60,12 @@ def demo(out: Path, *, seed: int = 0) -> tuple[Path, list[tuple[str, Evaluation]
     detector = next(iter(detectors.values()))
     supports = results[1][1].supports[0]  # its K = 4, first draw
     detector.set_support(supports, task=_TASK)
-    columns, rows, note = table_of(results)
     summary = predict_to_folder(
         detector,
         samples_to_test(manifest, _TASK),
         out / "predictions",
         title=f"anatomaly demo: {_TASK}, {len(supports)} reference images",
         bank_images=[load(row, detector.ready().preprocessing).display for row in supports],
-        tables=[Table("A task nobody trained on", columns, rows, note)],
+        tables=[table_of(results, title="A task nobody trained on")],
     )
     return summary.report.replace(report), results

@@ -22,6 +22,7 @@ from anatomaly.evaluation.protocols import (
     samples_to_test,
 )
 from anatomaly.evaluation.support_lists import lists_digest, read_support_lists
+from anatomaly.files import file_digest
 from anatomaly.methods import METHODS
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Entry:
     Attributes:
         name: What tables call it.
         config: Settings of `fit`; the grid sets teacher and seed.
+        teacher: The one frozen backbone of this competitor; None takes each of the grid's in turn.
         peer: Name in `peers.PEERS` for a method that is not ours; of `config` it then takes the preprocessing.
         images: In protocol one_class, how many normal training images a method that compares with images gets; 0 = all.
         options: Keyword arguments of a peer.
@@ -47,6 +49,7 @@ class Entry:
 
     name: str
     config: FitConfig
+    teacher: TeacherConfig | None = None
     peer: str | None = None
     images: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -66,7 +69,7 @@ class Grid:
         protocol: few_shot gives K supports of a task, and trains on all other tasks what needs training; one_class
             gives all normal training images of the task.
         entries: The competitors; names differ.
-        teachers: The frozen backbones, each with every entry.
+        teachers: The frozen backbones, each with every entry that has none of its own.
         tasks: Tasks to judge; none takes all.
         shots: Values of K (few_shot).
         seeds: Of training and of support draws: the draws of one seed are the same for all competitors.
@@ -93,13 +96,14 @@ class Grid:
             ManifestError: A task is unknown.
         """
         names = [entry.name for entry in self.entries]
-        chosen: Mapping[str, Sequence[object]] = {
+        chosen: dict[str, Sequence[object]] = {
             "methods": names,
-            "teachers": [teacher.name for teacher in self.teachers],
             "tasks": self.judged,
             "seeds": self.seeds,
             "shots": self.shots,
         }
+        if self.teachers or any(entry.teacher is None for entry in self.entries):
+            chosen["teachers"] = [teacher.name for teacher in self.teachers]
         for what, values in chosen.items():
             if not values or len(set(values)) < len(values):
                 given = ", ".join(map(str, values)) or "none"
@@ -120,6 +124,8 @@ class Grid:
         for teacher in self.teachers:
             check_name(teacher.name)
         for entry in self.entries:
+            if entry.teacher is not None:
+                check_name(entry.teacher.name)
             if entry.peer is not None and build_algorithm(entry.peer, **entry.options).from_anomalib:
                 require_anomalib(entry.name)
             few_shot = entry.peer is not None or METHODS[entry.config.method.name].few_shot
@@ -144,10 +150,14 @@ class Grid:
             Cell(entry.name, teacher.name, task, k, seed)
             for seed in self.seeds
             for entry in order
-            for teacher in self.teachers
+            for teacher in self.teachers_of(entry)
             for task in self.judged
             for k in shots
         ]
+
+    def teachers_of(self, entry: Entry) -> Sequence[TeacherConfig]:
+        """The frozen backbones that a competitor is run with."""
+        return self.teachers if entry.teacher is None else (entry.teacher,)
 
 
 class Cell(NamedTuple):
@@ -214,9 +224,13 @@ def support_lists_of(grid: Grid) -> SupportLists:
 def settings_of(grid: Grid, cell: Cell) -> FitConfig:
     """What `fit` is called with."""
     (entry,) = (entry for entry in grid.entries if entry.name == cell.entry)
-    (teacher,) = (teacher for teacher in grid.teachers if teacher.name == cell.teacher)
+    (teacher,) = (teacher for teacher in grid.teachers_of(entry) if teacher.name == cell.teacher)
     training = replace(entry.config.training, seed=cell.seed)
     return replace(entry.config, teacher=teacher, training=training)
+
+
+#: The groups of settings that a peer takes from those of `fit`.
+_OF_PEERS = ("teacher", "preprocessing", "task_intensity")
 
 
 def keys_of(grid: Grid, lists: SupportLists) -> dict[Cell, dict[str, Any]]:
@@ -229,13 +243,16 @@ def keys_of(grid: Grid, lists: SupportLists) -> dict[Cell, dict[str, Any]]:
         tasks = tuple(grid.manifest.tasks) if entry.trained and grid.protocol == "few_shot" else (cell.task,)
         if tasks not in prints:
             prints[tasks] = _fingerprint(grid.manifest.select(task=tasks))
+        settings = settings_of(grid, cell).as_dict()
+        if entry.peer is not None:
+            settings = {name: settings[name] for name in _OF_PEERS}
         facts = {
             "protocol": grid.protocol,
             "cell": cell._asdict(),
             "peer": entry.peer,
             "options": dict(entry.options),
             "images": entry.images,
-            "settings": settings_of(grid, cell).as_dict(),
+            "settings": settings,
             "draws": grid.draws if cell.shots else 1,
             "data": prints[tasks],
             "supports": lists_digest({cell.task: {cell.seed: supports_of(lists, cell)}}) if lists else None,
@@ -247,7 +264,7 @@ def keys_of(grid: Grid, lists: SupportLists) -> dict[Cell, dict[str, Any]]:
 def _fingerprint(manifest: Manifest) -> str:
     """Of a data set, masks included."""
     masks = sorted({row.mask for row in manifest if row.mask is not None})
-    digests = [hashlib.sha256(mask.read_bytes()).hexdigest() for mask in masks]
+    digests = [file_digest(mask) for mask in masks]
     return hashlib.sha256("\n".join([manifest.fingerprint(), *sorted(digests)]).encode()).hexdigest()
 
 

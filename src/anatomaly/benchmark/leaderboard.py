@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections import defaultdict
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from anatomaly.errors import ConfigError
+from anatomaly.evaluation.cells import read_evaluation
 from anatomaly.evaluation.comparison import Difference, compare_auroc, holm
 from anatomaly.evaluation.metrics import auroc, bootstrap, summarise_draws
 
@@ -26,7 +26,7 @@ ALL_TASKS = "mean of tasks"
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished cell, as `evaluation.evaluate.write_evaluations` and the benchmark left it.
+    """A finished cell, as `evaluation.cells.write_evaluations` and the benchmark left it.
 
     Attributes:
         entry: Name of the competitor.
@@ -133,36 +133,17 @@ def _read_cell(folder: Path) -> Finished:
 def _parsed(folder: Path) -> Finished:
     facts = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
     cell = facts["key"]["cell"]
-    draws: dict[str, list[dict[str, str]]] = defaultdict(list)
-    for row in _rows(folder / "scores.csv"):
-        draws[row["draw"]].append(row)
-    first = next(iter(draws.values()))
-    known = {"task", "shots", "draw", "supports"}
-    metrics = tuple(
-        {name: float(value) for name, value in row.items() if name not in known and value}
-        for row in _rows(folder / "draws.csv")
-    )
-    patients = tuple(row["patient"] for row in first)
     return Finished(
         entry=cell["entry"],
         teacher=cell["teacher"],
         task=cell["task"],
         shots=int(cell["shots"]),
         seed=int(cell["seed"]),
-        images=tuple((row["path"], row["frame"]) for row in first),
-        labels=np.array([int(row["label"]) for row in first]),
-        groups=patients if all(patients) else None,
-        scores=np.array([[float(row["score"]) for row in rows] for rows in draws.values()]),
-        metrics=metrics,
+        **read_evaluation(folder)._asdict(),
         seconds=float(facts["seconds"]),
         peak_mib=facts["peak_mib"],
         training=facts["training"],
     )
-
-
-def _rows(file: Path) -> list[dict[str, str]]:
-    with file.open(encoding="utf-8", newline="") as stream:
-        return list(csv.DictReader(stream))
 
 
 def rank(cells: Iterable[Finished]) -> list[Row]:

@@ -61,9 +61,11 @@ def run_grid(
         The cells that failed; all others are finished.
 
     Raises:
-        ConfigError: `out` holds cells of other settings or data, or the supports are unusable.
+        ConfigError: `out` holds cells of other settings or data, the supports are unusable, or jobs is below 1.
         OutputError: `out` cannot be written.
     """
+    if jobs < 1:
+        raise ConfigError(f"benchmark: jobs is {jobs}, expected at least 1.")
     grid = replace(grid, manifest=grid.manifest.with_hashes())
     lists = support_lists_of(grid)
     keys = keys_of(grid, lists)
@@ -126,6 +128,8 @@ def _finished(folder: Path, key: Mapping[str, Any]) -> bool:
     try:
         found = json.loads((folder / CELL).read_text(encoding="utf-8"))["key"]
         found["settings"] = with_later_settings(found["settings"])
+        if key["peer"] is not None:  # cells of before recorded settings that no peer has
+            found["settings"] = {name: found["settings"].get(name) for name in key["settings"]}
     except (FileNotFoundError, NotADirectoryError):
         return False
     except (OSError, ValueError, KeyError, TypeError) as err:

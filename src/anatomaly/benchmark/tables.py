@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from html import escape
 from importlib.resources import files
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from anatomaly.benchmark.leaderboard import ALL_TASKS, Place, duels, rank
 from anatomaly.files import write_whole
+from anatomaly.tables import Table, escaped, mean_sd
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from anatomaly.benchmark.leaderboard import Duel, Finished, Row
@@ -51,15 +49,15 @@ def write_leaderboard(
     """
     rows = rank(cells)
     fought = [] if reference is None else duels(cells, reference=reference)
-    _write_csv(out / "leaderboard.csv", *_full(rows))
-    _write_csv(out / "comparisons.csv", *_full_duels(fought))
-    sections = [*tables(rows, fought)]
-    write_whole(out / "leaderboard.md", _markdown(sections, note).encode())
-    write_whole(out / "leaderboard.html", _page(sections, note).encode())
+    write_whole(out / "leaderboard.csv", _full(rows).csv())
+    write_whole(out / "comparisons.csv", _full_duels(fought).csv())
+    sections = tables(rows, fought)
+    write_whole(out / "leaderboard.md", _markdown(sections, note))
+    write_whole(out / "leaderboard.html", _page(sections, note))
     return rows, fought
 
 
-def _full(rows: Sequence[Row]) -> tuple[list[str], list[list[object]]]:
+def _full(rows: Sequence[Row]) -> Table:
     names = list(dict.fromkeys(name for row in rows for name in row.metrics))
     columns = ["task", "shots", "method", "teacher", "seeds", "draws", "images", "auroc_low", "auroc_high"]
     columns += [column for name in names for column in (name, f"{name}_sd")]
@@ -71,47 +69,22 @@ def _full(rows: Sequence[Row]) -> tuple[list[str], list[list[object]]]:
         line += [row.low, row.high]
         line += [value for name in names for value in row.metrics.get(name, ("", ""))]
         cells.append([*line, row.milliseconds, row.peak_mib, row.training_seconds])
-    return columns, cells
+    return Table("", columns, cells)
 
 
-def _full_duels(fought: Sequence[Duel]) -> tuple[list[str], list[list[object]]]:
+def _full_duels(fought: Sequence[Duel]) -> Table:
     columns = ["task", "shots", "method", "teacher", "against", "difference", "low", "high", "p", "p_holm"]
-    cells: list[list[object]] = [
-        [d.place.task, d.place.shots, d.place.entry, d.place.teacher, d.against, *d.difference, d.adjusted]
-        for d in fought
-    ]
-    return columns, cells
+    return Table(
+        "",
+        columns,
+        [
+            [d.place.task, d.place.shots, d.place.entry, d.place.teacher, d.against, *d.difference, d.adjusted]
+            for d in fought
+        ],
+    )
 
 
-def _write_csv(file: Path, columns: Sequence[str], cells: Sequence[Sequence[object]]) -> None:
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerows([columns, *([_number(value) for value in line] for line in cells)])
-    write_whole(file, stream.getvalue().encode())
-
-
-def _number(value: object) -> object:
-    return "" if value is None or (isinstance(value, float) and np.isnan(value)) else value
-
-
-class Section(NamedTuple):
-    """One table for people; of the lines in `best` the cell in column `marked` is printed in bold."""
-
-    title: str
-    columns: Sequence[str]
-    lines: Sequence[Sequence[str]]
-    best: frozenset[int] = frozenset()
-    marked: int = 0
-
-    def cells(self, bold: Callable[[str], str]) -> list[list[str]]:
-        """The lines, with `bold` applied where it belongs."""
-        return [
-            [bold(cell) if number in self.best and place == self.marked else cell for place, cell in enumerate(line)]
-            for number, line in enumerate(self.lines)
-        ]
-
-
-def tables(rows: Sequence[Row], fought: Sequence[Duel]) -> list[Section]:
+def tables(rows: Sequence[Row], fought: Sequence[Duel]) -> list[Table]:
     """The leaderboard as people read it: over all tasks, then task by task, then the duels.
 
     Args:
@@ -131,24 +104,25 @@ def tables(rows: Sequence[Row], fought: Sequence[Duel]) -> list[Section]:
         lines = []
         for row in members:
             cells = [row.place.entry, *[row.place.teacher] * teachers, *[str(row.seeds)] * unequal]
-            cells += [_spread(row.metrics["auroc"]), f"{row.low:.3f} to {row.high:.3f}"]
-            cells += [_spread(row.metrics[name]) if name in row.metrics else "" for _, name in shown]
+            cells += [mean_sd(*row.metrics["auroc"]), f"{row.low:.3f} to {row.high:.3f}"]
+            cells += [mean_sd(*row.metrics[name]) if name in row.metrics else "" for _, name in shown]
             cells += [f"{row.milliseconds:.0f}", "" if row.peak_mib is None else f"{row.peak_mib:.0f}"]
             if trained:
                 cells.append("" if row.training_seconds is None else f"{row.training_seconds:.0f} s")
             lines.append(cells)
         most = max(row.metrics["auroc"][0] for row in members)
-        best = frozenset(i for i, row in enumerate(members) if row.metrics["auroc"][0] == most)
+        best = {(i, 0) for i, row in enumerate(members) if row.metrics["auroc"][0] == most}
         most_seeds = max(row.seeds for row in members)
         about = f"{members[0].images} test images, {most_seeds} seed{'s' * (most_seeds > 1)}"
         about += f" × {members[0].draws} draws" if shots else ""
-        sections.append(Section(f"{task}{f', K = {shots}' if shots else ''} ({about})", columns, lines, best))
+        title = f"{task}{f', K = {shots}' if shots else ''} ({about})"
+        sections.append(Table(title, columns, lines, bold=best))
     if fought:
         sections += _duel_sections(fought, teachers=teachers)
     return sections
 
 
-def _overview(rows: Sequence[Row], *, teachers: bool) -> Section:
+def _overview(rows: Sequence[Row], *, teachers: bool) -> Table:
     """Mean image AUROC by task, and over all of them, at every K."""
     tasks = list(dict.fromkeys(row.place.task for row in rows))
     ks = sorted({row.place.shots for row in rows})
@@ -162,17 +136,17 @@ def _overview(rows: Sequence[Row], *, teachers: bool) -> Section:
                 continue
             mean = float(np.mean([value[0] for value in values if value])) if all(values) else float("nan")
             cells = [entry, *[teacher] * teachers, *[str(k)] * shots]
-            cells += [_spread(value) if value else "" for value in values]
+            cells += [mean_sd(*value) if value else "" for value in values]
             lines.append([*cells, "" if np.isnan(mean) else f"{mean:.3f}"])
             means.append((k, mean))
     order = sorted(range(len(lines)), key=lambda i: (means[i][0], -np.nan_to_num(means[i][1])))
     tops = {k: max((mean for other, mean in means if other == k and not np.isnan(mean)), default=None) for k in ks}
-    best = frozenset(place for place, i in enumerate(order) if means[i][1] == tops[means[i][0]])
+    best = {(place, 0) for place, i in enumerate(order) if means[i][1] == tops[means[i][0]]}
     columns = ["method", *["teacher"] * teachers, *["K"] * shots, *tasks, "mean"]
-    return Section("Image AUROC by task", columns, [lines[i] for i in order], best)
+    return Table("Image AUROC by task", columns, [lines[i] for i in order], bold=best)
 
 
-def _duel_sections(fought: Sequence[Duel], *, teachers: bool) -> list[Section]:
+def _duel_sections(fought: Sequence[Duel], *, teachers: bool) -> list[Table]:
     shots = any(duel.place.shots for duel in fought)
     sections = []
     for over_all in (True, False):
@@ -194,14 +168,9 @@ def _duel_sections(fought: Sequence[Duel], *, teachers: bool) -> list[Section]:
         columns += ["difference", "95 % interval", "p", "p (Holm)"]
         where = "mean over the tasks" if over_all else "task by task"
         title = f"Against {chosen[0].against} on the same images: image AUROC, {where}" if chosen else ""
-        significant = frozenset(i for i, duel in enumerate(chosen) if duel.adjusted < 0.05)
-        sections += [Section(title, columns, lines, significant, len(columns) - 1)] if chosen else []
+        significant = {(i, len(columns) - 1) for i, duel in enumerate(chosen) if duel.adjusted < 0.05}
+        sections += [Table(title, columns, lines, bold=significant)] if chosen else []
     return sections
-
-
-def _spread(figure: tuple[float, float]) -> str:
-    mean, sd = figure
-    return f"{mean:.3f}" if np.isnan(sd) or sd < 5e-7 else f"{mean:.3f} ± {sd:.3f}"
 
 
 def _p(value: float) -> str:
@@ -217,26 +186,17 @@ _READING = (
 )
 
 
-def _markdown(sections: Sequence[Section], note: str) -> str:
+def _markdown(sections: Sequence[Table], note: str) -> str:
     parts = ["# Leaderboard", *[note] * bool(note), _READING]
-    for section in sections:
-        table = [section.columns, ["---"] * len(section.columns), *section.cells("**{}**".format)]
-        parts += [f"## {section.title}", "\n".join(f"| {' | '.join(line)} |" for line in table)]
+    parts += [f"## {section.title}\n\n{section.markdown()}" for section in sections]
     return "\n\n".join(parts) + "\n"
 
 
-def _page(sections: Sequence[Section], note: str) -> str:
+def _page(sections: Sequence[Table], note: str) -> str:
     style = files("anatomaly.results").joinpath("page.css").read_text(encoding="utf-8")
     style += "td, th { white-space: nowrap; }"
-    body = [f"<header><h1>Leaderboard</h1><p>{escape(note)}</p></header><main><p>{_READING}</p>"]
-    for section in sections:
-        head = "".join(f'<th scope="col">{escape(column)}</th>' for column in section.columns)
-        safe = section._replace(lines=[[escape(cell) for cell in line] for line in section.lines])
-        lines = ("".join(f"<td>{cell}</td>" for cell in line) for line in safe.cells("<b>{}</b>".format))
-        body.append(
-            f'<section><div class="scroll"><table><caption>{escape(section.title)}</caption><thead><tr>{head}</tr>'
-            f"</thead><tbody>{''.join(f'<tr>{line}</tr>' for line in lines)}</tbody></table></div></section>"
-        )
+    body = [f"<header><h1>Leaderboard</h1><p>{escaped(note)}</p></header><main><p>{_READING}</p>"]
+    body += [f"<section>{section.html()}</section>" for section in sections]
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from anatomaly.commands.console import tell_left_out
 from anatomaly.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from jsonargparse import ArgumentParser, Namespace
+
+    from anatomaly.types import Sample
 
 
 def model_arguments(parser: ArgumentParser) -> None:
@@ -89,17 +95,22 @@ def support_rows(source: Path, task: str, shots: int | None) -> Any:
     """Normal rows of a folder or table: those of split train where it has any, never one that is labelled anomalous."""
     from anatomaly.data.manifest import load_manifest
 
-    rows = [row for row in load_manifest(source, task=task) if row.label != 1]
+    manifest = load_manifest(source, task=task)
+    tell_left_out(manifest)
+    rows = [row for row in manifest if row.label != 1]
     rows = [row for row in rows if row.split == "train"] or rows
     if shots is not None and not 1 <= shots <= len(rows):
         raise ConfigError(f"support: {source} has {len(rows)} normal images, {shots} shots asked. Change --shots.")
     return rows[:shots]
 
 
-def image_rows(source: Path, task: str | None) -> list[Any]:
-    """Rows of a file, a folder or a table of images."""
+def image_rows(source: Path, task: str | None) -> Sequence[Sample]:
+    """Rows of one image file, a folder or a table; what a folder holds besides images is told."""
     from anatomaly.data.layouts import samples_of
-    from anatomaly.data.manifest import load_manifest
+    from anatomaly.data.manifest import is_table, load_manifest
 
-    single = source.is_file() and source.suffix.lower() not in (".csv", ".json")
-    return samples_of(source, task=task or "task") if single else list(load_manifest(source, task=task).samples)
+    if os.path.isfile(source) and not is_table(source):  # noqa: PTH113 False where pathlib raises
+        return samples_of(source, task=task or "task")
+    manifest = load_manifest(source, task=task)
+    tell_left_out(manifest)
+    return manifest.samples

@@ -100,17 +100,10 @@ def _of_model(options: Namespace, manifest: Any, task: str) -> Any:
 
 def _print(audit: Any) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     from anatomaly.audit.words import paragraphs, table_of
 
-    columns, rows = table_of(audit)
-    table = Table(title=f"{audit.runs.source} on {audit.runs.task}", title_justify="left")
-    for column in columns:
-        table.add_column(column, no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
+    table_of(audit).print()
     console = Console() if Console().is_terminal else Console(width=200)
-    console.print(table)
     for paragraph in paragraphs(audit):
         console.print(f"- {paragraph.replace('**', '').replace('`', '')}", markup=False, highlight=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,9 +12,12 @@ from anatomaly.commands.console import fail, instantiated
 from anatomaly.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
     from jsonargparse import ArgumentParser, Namespace
 
     from anatomaly.benchmark.grid import Entry
+    from anatomaly.benchmark.run import Failure
 
 
 def grid_arguments(parser: ArgumentParser) -> None:
@@ -46,11 +50,6 @@ def run_grid(options: Namespace) -> int:
     """Run `benchmark`."""
     from dataclasses import replace
 
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import Progress
-    from rich.table import Table
-
     from anatomaly.benchmark.grid import Grid
     from anatomaly.benchmark.leaderboard import read_cells
     from anatomaly.benchmark.run import run_grid
@@ -63,8 +62,6 @@ def run_grid(options: Namespace) -> int:
     reference = options.reference or (REFERENCE_PRESET if REFERENCE_PRESET in names else names[0])
     if reference not in names:
         raise ConfigError(f"benchmark: reference {reference!r} is not among the methods, {', '.join(names)}.")
-    if options.jobs < 1:
-        raise ConfigError(f"benchmark: jobs is {options.jobs}, expected at least 1.")
     grid = Grid(
         load_manifest(Path(options.data)),
         options.protocol,
@@ -76,15 +73,8 @@ def run_grid(options: Namespace) -> int:
         draws=options.draws,
         supports=Path(options.supports) if options.supports else None,
     )
-    out, screen = Path(options.out), Console(stderr=True)
-    with Progress(console=screen, disable=not screen.is_terminal, transient=True) as progress:
-        bar = progress.add_task("cells", total=None)
-
-        def step(name: str, done: int, total: int) -> None:
-            progress.update(bar, completed=done, total=total, description=name)
-            if not screen.is_terminal:
-                print(f"{done}/{total} {name}", flush=True)
-
+    out = Path(options.out)
+    with _steps() as step:
         failures = run_grid(grid, out, jobs=options.jobs, on_step=step)
     cells = read_cells(cell.folder(out) for cell in grid.cells())
     if cells:
@@ -94,16 +84,32 @@ def run_grid(options: Namespace) -> int:
             digest = json.loads((out / "supports.json").read_text(encoding="utf-8"))["digest"]
             note += f" The supports are those of supports.json, digest {digest[:16]}."
         rows, fought = write_leaderboard(cells, out, reference=reference if reference in done else None, note=note)
-        console = Console() if Console().is_terminal else Console(width=200)
-        for section in tables(rows, fought):
-            safe = section._replace(lines=[[escape(cell) for cell in line] for line in section.lines])
-            table = Table(title=section.title, title_justify="left")
-            for column in section.columns:
-                table.add_column(column, no_wrap=True)
-            for line in safe.cells("[bold]{}[/bold]".format):
-                table.add_row(*line)
-            console.print(table)
+        for table in tables(rows, fought):
+            table.print()
         print(f"{out}/leaderboard.html")
+    return _ending(failures)
+
+
+@contextmanager
+def _steps() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on a terminal and lines elsewhere; yields what `run_grid` calls after every step."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    screen = Console(stderr=True)
+    with Progress(console=screen, disable=not screen.is_terminal, transient=True) as progress:
+        bar = progress.add_task("cells", total=None)
+
+        def step(name: str, done: int, total: int) -> None:
+            progress.update(bar, completed=done, total=total, description=name)
+            if not screen.is_terminal:
+                print(f"{done}/{total} {name}", flush=True)
+
+        yield step
+
+
+def _ending(failures: Sequence[Failure]) -> int:
+    """Say which cells failed and why; the exit code."""
     for reason in dict.fromkeys(failure.reason for failure in failures):
         failed = [failure.cell for failure in failures if failure.reason == reason]
         cells_failed = f"{len(failed)} cell{'s' * (len(failed) > 1)} failed"
@@ -149,6 +155,7 @@ def _entry(name: str, changes: object, given: Mapping[str, Any]) -> Entry:
         raise ConfigError(f"benchmark: methods.{name}: unknown peer {peer!r}, expected one of {', '.join(PEERS)}.")
     if not isinstance(images, int) or images < 0 or not isinstance(choices, Mapping):
         raise ConfigError(f"benchmark: methods.{name}: expected images as a whole number and options as a mapping.")
+    alone = "teacher" in own
     settings = dict(given)
     if preset is not None:
         settings = _merged(settings, yaml.safe_load(preset_file(preset).read_text(encoding="utf-8")))
@@ -168,7 +175,8 @@ def _entry(name: str, changes: object, given: Mapping[str, Any]) -> Entry:
         config = fit_config(instantiated(parser, options))
     except ArgumentError as err:
         raise ConfigError(f"benchmark: methods.{name}: {' '.join(str(err).split())}") from err
-    return Entry(name, config, peer=peer, images=images, options=choices)
+    teacher = config.teacher if alone else None
+    return Entry(name, config, teacher=teacher, peer=peer, images=images, options=choices)
 
 
 def _merged(one: Mapping[str, Any], two: Mapping[str, Any]) -> dict[str, Any]:
@@ -182,47 +190,43 @@ def _merged(one: Mapping[str, Any], two: Mapping[str, Any]) -> dict[str, Any]:
 
 def ablation_arguments(parser: ArgumentParser) -> None:
     """Options of `benchmark ablation`."""
+    from anatomaly.benchmark.ablation import ablated_methods
     from anatomaly.commands.settings import settings_arguments
 
-    parser.add_argument("whose", type=str, help="Whose ablation.")
+    parser.add_argument("whose", type=str, help=f"Whose ablation: {', '.join(ablated_methods())}.")
     parser.add_argument("--data", type=str, required=True, help="Folder or manifest: normals in train, a test split.")
-    parser.add_argument("--out", type=str, required=True, help="Folder; finished cells in it are not redone.")
+    parser.add_argument("--out", type=str, required=True, help="Folder; finished cells in it are not run again.")
     parser.add_argument("--tasks", type=list[str], default=[], help="Tasks to judge; default all in the data.")
     parser.add_argument("--rows", type=list[str], default=[], help="Rows of the table; default all.")
     parser.add_argument("--seeds", type=list[int], default=[0, 1, 2], help="Of the training, one model each.")
-    parser.add_argument("--shots", type=int, default=4, help="K of few-shot rows.")
-    parser.add_argument("--draws", type=int, default=5, help="Support draws of few-shot rows.")
+    parser.add_argument("--shots", type=int, default=4, help="K of few-shot methods.")
+    parser.add_argument("--draws", type=int, default=5, help="Support draws of few-shot methods.")
+    parser.add_argument("--jobs", type=int, default=1, help="Processes.")
     settings_arguments(parser)
 
 
 def run_ablation(options: Namespace) -> int:
     """Run `benchmark ablation`."""
-    from rich.console import Console
-    from rich.table import Table
-
     from anatomaly.benchmark import ablation
     from anatomaly.commands.settings import fit_config
     from anatomaly.data.manifest import load_manifest
 
-    results = ablation.run_ablation(
-        load_manifest(Path(options.data)),
-        Path(options.out),
-        fit_config(options),
-        method=options.whose,
-        rows=options.rows,
-        tasks=options.tasks,
-        seeds=options.seeds,
-        shots=options.shots,
-        draws=options.draws,
-        on_cell=print,
-    )
-    columns, cells = ablation.table_of(results)
-    over = f"mean ± sd over {len(options.seeds)} seeds (95 % interval over test images)"
-    table = Table(title=f"{options.whose}: image AUROC, {over}", title_justify="left")
-    for column in columns:
-        table.add_column(column)
-    for row in cells:
-        table.add_row(*row)
-    Console().print(table)
-    print(f"{options.out}/ablation.md")
-    return 0
+    with _steps() as step:
+        results, failures = ablation.run_ablation(
+            load_manifest(Path(options.data)),
+            Path(options.out),
+            fit_config(options),
+            method=options.whose,
+            rows=options.rows,
+            tasks=options.tasks,
+            seeds=options.seeds,
+            shots=options.shots,
+            draws=options.draws,
+            jobs=options.jobs,
+            on_step=step,
+        )
+    if results:
+        over = f"mean ± sd over {len(options.seeds)} seeds (95 % interval over test images)"
+        ablation.table_of(results, title=f"{options.whose}: image AUROC, {over}").print()
+        print(f"{options.out}/ablation.md")
+    return _ending(failures)

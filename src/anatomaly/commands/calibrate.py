@@ -13,7 +13,7 @@ from anatomaly.commands.arguments import (
     support_arguments,
     support_rows,
 )
-from anatomaly.commands.console import progress
+from anatomaly.commands.console import progress, tell_left_out
 from anatomaly.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -121,6 +121,7 @@ def normal_rows(detector: Any, source: Path, task: str) -> list[Any]:
     from anatomaly.data.manifest import load_manifest
 
     manifest = load_manifest(source, task=task)
+    tell_left_out(manifest)
     rows = (manifest if len(manifest.tasks) == 1 else manifest.select(task=task)).samples
     chosen = [row for row in rows if row.split == "val"] or [row for row in rows if row.split != "train"]
     if chosen:

@@ -2,19 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from jsonargparse import ArgumentParser, Namespace
+
+    from anatomaly.data.manifest import Manifest
 
 
 def fail(message: str, *, code: int = 2) -> int:
     """Print one line on standard error and return the exit code."""
     print(f"anatomaly: {' '.join(message.split())}", file=sys.stderr)
     return code
+
+
+def say(message: str) -> None:
+    """Print one line on standard output at once; a reader who went away ends nothing."""
+    with contextlib.suppress(OSError):
+        print(message, flush=True)
+
+
+def tell_left_out(*manifests: Manifest) -> None:
+    """Say in one line for each what was left out of a folder, by reason; nothing where nothing was."""
+    from anatomaly.data.listing import describe
+
+    for manifest in manifests:
+        if told := describe(manifest.left_out):
+            say(f"{manifest.source}: {told}")
+
+
+def never_fail_to_print() -> None:
+    """Let names and signs that the terminal's encoding lacks be printed as escapes: no result is lost for that."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def instantiated(parser: ArgumentParser, options: Namespace) -> Namespace:
@@ -39,20 +63,3 @@ def progress(total: int) -> Any:
             yield lambda _: progress.advance(task)
 
     return bar()
-
-
-def print_table(title: str, results: Sequence[tuple[str, Any]]) -> None:
-    """Print evaluations as `evaluation.evaluate.table_of` lays them out."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from anatomaly.evaluation.cells import table_of
-
-    columns, rows, note = table_of(results)
-    table = Table(title=title, caption=note, title_justify="left", caption_justify="left")
-    for column in columns:
-        table.add_column(column, no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    console = Console()
-    console.print(table) if console.is_terminal else Console(width=200).print(table)

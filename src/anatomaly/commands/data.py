@@ -11,21 +11,27 @@ if TYPE_CHECKING:
 
 def check_arguments(parser: ArgumentParser) -> None:
     """Options of `data check`."""
+    from anatomaly.types import Intensity
+
     parser.add_argument("data", type=str, help="Folder or manifest (CSV, meta.json).")
     parser.add_argument("--near", type=bool, default=True, help="Also look for near-duplicates across splits.")
+    parser.add_argument("--intensity", type=Intensity | None, default=None, help="Rule that fit and predict will have.")
     parser.add_argument("--csv", type=str, help="Write the manifest with hashes to this CSV file.")
 
 
 def run_check(options: Namespace) -> int:
     """Run `data check`."""
+    from anatomaly.config import check_intensity
     from anatomaly.data.check import check_manifest, format_report
     from anatomaly.data.manifest import load_manifest, write_csv
 
+    if options.intensity is not None:
+        check_intensity(options.intensity, "intensity")
     manifest = load_manifest(Path(options.data))
-    report = check_manifest(manifest, near=options.near)
-    print(format_report(report))
+    report = check_manifest(manifest, near=options.near, intensity=options.intensity)
     if options.csv:
         write_csv(manifest.with_hashes(), Path(options.csv))
+    print(format_report(report))
     return 0 if report.ok else 1
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from anatomaly.commands.console import print_table
-
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
@@ -20,8 +18,9 @@ def demo_arguments(parser: ArgumentParser) -> None:
 def run_demo(options: Namespace) -> int:
     """Run `demo`."""
     from anatomaly.benchmark.demo import demo
+    from anatomaly.evaluation.evaluation import table_of
 
     report, results = demo(Path(options.out), seed=options.seed)
-    print_table("A task nobody trained on", results)
+    table_of(results, title="A task nobody trained on").print()
     print(f"Report: {report}")
     return 0

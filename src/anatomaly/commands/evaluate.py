@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from anatomaly.commands.arguments import load_detector, model_arguments
-from anatomaly.commands.console import print_table
+from anatomaly.commands.console import tell_left_out
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -20,16 +20,18 @@ def evaluate_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--shots", type=list[int] | int, default=[2, 4, 8], help="Values of K; not PDD.")
     parser.add_argument("--draws", type=int, default=5, help="Support draws per K.")
     parser.add_argument("--seed", type=int, default=0, help="Of the draws.")
-    parser.add_argument("--out", type=str, help="Folder for evaluation.json, draws.csv and scores.csv.")
+    parser.add_argument("--out", type=str, help="Folder for evaluation.json, draws.csv and test_scores.csv.")
 
 
 def run_evaluate(options: Namespace) -> int:
     """Run `evaluate`."""
     from anatomaly.data.manifest import load_manifest
     from anatomaly.evaluation.cells import write_evaluations
-    from anatomaly.evaluation.evaluate import evaluate, pooled
+    from anatomaly.evaluation.evaluate import evaluate
+    from anatomaly.evaluation.evaluation import pooled, table_of
 
     manifest = load_manifest(Path(options.data))
+    tell_left_out(manifest)
     detector = load_detector(options)
     results = []
     for task in options.tasks or manifest.tasks:
@@ -46,7 +48,7 @@ def run_evaluate(options: Namespace) -> int:
     if not detector.method.needs_support:
         title = options.model
         results += [pooled(results)] if len(results) > 1 else []
-    print_table(title, [("", result) for result in results])
     if options.out is not None:
         write_evaluations(results, Path(options.out))
+    table_of([("", result) for result in results], title=title).print()
     return 0

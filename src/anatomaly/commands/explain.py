@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anatomaly.commands.arguments import image_rows, load_detector, model_arguments, support_rows
 from anatomaly.commands.console import fail, progress
 from anatomaly.errors import ConfigError
+from anatomaly.tables import Table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,7 +28,7 @@ def _image_arguments(parser: ArgumentParser) -> None:
 
 
 def _samples(options: Namespace, *, task: str | None = None) -> list[Any]:
-    rows = image_rows(Path(options.images), task)
+    rows = list(image_rows(Path(options.images), task))
     limit = options.limit
     if limit is not None and limit < 1:
         raise ConfigError(f"limit: got {limit}, expected at least 1.")
@@ -82,7 +82,7 @@ def run_teachers(options: Namespace) -> int:
         )
     means = summarise_teachers(rows)
     columns = ("teacher", "map", "images", "n", "entropy", "area", "top 5 % share", "agreement", "lift", "pixel AUROC")
-    _print(columns, [(name, kind, word, n, *figures.values()) for name, kind, word, n, figures in means])
+    Table("", columns, [(name, kind, word, n, *figures.values()) for name, kind, word, n, figures in means]).print()
     print("entropy: 0 one pixel, 1 uniform; area: of an even patch with that entropy; lift: 1 is chance;")
     print("agreement: Spearman correlation of the two maps, over the pixels.")
     return _ending(rows, len(samples), Path(options.out) / "explain.csv")
@@ -134,27 +134,8 @@ def run_supports(options: Namespace) -> int:
             on_progress=advance,
         )
     columns = ("support", "queries", "mean weight", "counted most in", "mean change of the score without it")
-    _print(columns, summarise_supports(rows))
+    Table("", columns, summarise_supports(rows)).print()
     return _ending(rows, len(samples), Path(options.out) / "supports.csv")
-
-
-def _print(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table()
-    for column in columns:
-        table.add_column(column, no_wrap=True)
-    for row in rows:
-        table.add_row(*(_cell(value) for value in row))
-    console = Console()
-    console.print(table) if console.is_terminal else Console(width=200).print(table)
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, float):
-        return "" if math.isnan(value) else f"{value:.3f}"
-    return str(value).replace("[", "\\[")  # a file name may look like rich's markup
 
 
 def _ending(rows: Sequence[Any], images: int, table: Path) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from anatomaly.commands.console import tell_left_out
+
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
@@ -27,9 +29,10 @@ def run_fit(options: Namespace) -> int:
 
     config = fit_config(options)
     manifest = load_manifest(Path(options.data))
+    tell_left_out(manifest)
     manifest = manifest if options.tasks is None else manifest.select(task=options.tasks)
     record, epochs = METHODS[config.method.name], config.training.epochs
-    how = f"{epochs} epochs" if record.trained and epochs else "nothing is trained"
+    how = f"{epochs} epoch{'s' * (epochs != 1)}" if record.trained and epochs else "nothing is trained"
     print(
         f"{record.name} on {config.teacher.name}, {how}. {record.summary[0].upper()}{record.summary[1:]}.", flush=True
     )

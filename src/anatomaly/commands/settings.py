@@ -139,17 +139,22 @@ def _flat(facts: Mapping[str, Any], *, keep: Sequence[str], prefix: str = "") ->
 
 
 def _with_preset_files(words: Sequence[str]) -> list[str]:
-    """Put the file of a `--preset NAME` in its place, so that what comes after it wins; rename former flags."""
+    """Put the file of a `--preset NAME` in its place, so that what comes after it wins; rename former flags.
+
+    Of several presets, each of which says everything, the last one counts.
+    """
     replaced: list[str] = []
+    presets: list[int] = []
     for word in words:
         flag, equals, rest = word.partition("=")
-        if flag == "--preset" and equals:
-            replaced += ["--config", str(preset_file(rest))]
-        elif replaced and replaced[-1] == "--preset":
-            replaced[-1:] = ["--config", str(preset_file(word))]
+        if (flag == "--preset" and equals) or (replaced and replaced[-1] == "--preset"):
+            name = rest if equals else word
+            replaced = replaced[: -1 if replaced[-1:] == ["--preset"] else None]
+            presets.append(len(replaced))
+            replaced.append(f"--config={preset_file(name)}")
         elif place := _FORMER.get(flag.removeprefix("--")):
             logger.warning("%s is now --%s.", flag, place)
             replaced.append(f"--{place}{equals}{rest}")
         else:
             replaced.append(word)
-    return replaced
+    return [word for place, word in enumerate(replaced) if place not in presets[:-1]]

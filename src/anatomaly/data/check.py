@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -14,11 +14,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from anatomaly.data.listing import LeftOut, describe
 from anatomaly.data.loading import read_ahead
 from anatomaly.data.manifest import Manifest
-from anatomaly.data.readers import read_image, read_mask_of
+from anatomaly.data.readers import read_image, read_mask_of, sniff_format
+from anatomaly.data.transforms import load, needs_voi
 from anatomaly.errors import ReadError
-from anatomaly.types import Image, Sample, Split
+from anatomaly.types import Image, Intensity, Preprocessing, Sample, Split
 
 #: Edge similarity from which two images count as near-duplicates.  On four real sets (head CT, chest X-ray, brain MRI,
 #: fundus) images of different patients stayed below 0.82 and re-encoded, resized, dimmed copies above 0.93.
@@ -107,11 +109,13 @@ class CheckReport:
     Attributes:
         counts: Rows per task, split and label, sorted.
         unreadable: (row, reason) of every file that cannot be read as an image.
+        not_mapped: (row, reason) of every image that the intensity rule cannot map to [0, 1]: `predict` refuses it too.
         bad_masks: (row, reason) of every mask that cannot be read or has another size than its image.
         altered: Rows whose file no longer has the sha256 the manifest gives.
         duplicates: Groups of equal files.
         near_duplicates: Look-alikes across splits, most similar first.
         patients_in_two_splits: Patients whose images lie in several splits.
+        left_out: Files and folders that became no row, by reason.
         notes: (row, note) of every image whose pixels need a word, such as an unusable window.
     """
 
@@ -122,6 +126,8 @@ class CheckReport:
     duplicates: tuple[DuplicateGroup, ...] = ()
     near_duplicates: tuple[NearDuplicate, ...] = ()
     patients_in_two_splits: tuple[PatientLeak, ...] = ()
+    not_mapped: tuple[tuple[str, str], ...] = ()
+    left_out: LeftOut = field(default_factory=dict)
     notes: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -149,6 +155,7 @@ class CheckReport:
         harmless = [g for g in self.duplicates if not g.crosses_splits and not g.labels_conflict]
         findings = {
             "files are unreadable": len(self.unreadable),
+            "images are refused by the intensity rule, by fit and predict too (see --intensity)": len(self.not_mapped),
             "masks are unreadable or do not fit their image": len(self.bad_masks),
             "images are repeated within a split or across tasks": len(harmless),
             "pairs of images look the same across splits": len(self.near_duplicates),
@@ -162,6 +169,7 @@ def check_manifest(
     manifest: Manifest,
     *,
     near: bool = True,
+    intensity: Intensity | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> CheckReport:
     """Read every image and mask once and look for what would spoil a training or an evaluation.
@@ -169,6 +177,7 @@ def check_manifest(
     Args:
         manifest: The data set.
         near: Also look for near-duplicates across the splits of a task; takes 8 kB per image.
+        intensity: The rule that `predict` and `fit` will be given; "auto" by default, as there.
         on_progress: Called with (images done, images in all) after every image.
 
     Returns:
@@ -176,17 +185,22 @@ def check_manifest(
     """
     readable: list[Sample] = []
     unreadable: list[tuple[str, str]] = []
+    not_mapped: list[tuple[str, str]] = []
+    if intensity is not None and intensity.rule == "percentile":  # becomes a range, which no image is refused by
+        intensity = Intensity("range")
+    preprocessing = Preprocessing(intensity=intensity or Intensity())
     bad_masks: list[tuple[str, str]] = []
     altered: list[str] = []
     groups: dict[tuple[str, int | None], list[Sample]] = defaultdict(list)
     signatures: list[NDArray[np.float32]] = []
     notes: list[tuple[str, str]] = []
-    looks = read_ahead(manifest, partial(_look, near=near), rows=_AHEAD, size=lambda _: 0)
+    looks = read_ahead(manifest, partial(_look, near=near, preprocessing=preprocessing), rows=_AHEAD, size=lambda _: 0)
     for done, (sample, look) in enumerate(zip(manifest, looks, strict=True), start=1):
         if isinstance(look, str):
             unreadable.append((_row(sample), look))
         else:
             readable.append(sample)
+            not_mapped += [] if look.fault is None else [(_row(sample), look.fault)]
             bad_masks += look.mask_faults
             groups[look.sha256, sample.frame].append(sample)
             if sample.sha256 not in (None, look.sha256):
@@ -206,6 +220,8 @@ def check_manifest(
         duplicates=tuple(duplicates),
         near_duplicates=tuple(_near_duplicates(readable, signatures, duplicates)) if near else (),
         patients_in_two_splits=tuple(_patient_leaks(manifest)),
+        not_mapped=tuple(not_mapped),
+        left_out=manifest.left_out,
         notes=tuple(notes),
     )
 
@@ -247,6 +263,7 @@ def format_report(report: CheckReport) -> str:
     widths = [max(len(row[column]) for row in table) for column in range(6)]
     lines = ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
     lines += _listing("Unreadable files", [f"{row}: {reason}" for row, reason in report.unreadable])
+    lines += _listing("Refused by the intensity rule", [f"{row}: {reason}" for row, reason in report.not_mapped])
     lines += _listing("Masks", [f"{row}: {reason}" for row, reason in report.bad_masks])
     lines += _listing("Files that changed since the manifest was written", report.altered)
     lines += _listing("Duplicates", [_describe(group) for group in report.duplicates])
@@ -261,7 +278,8 @@ def format_report(report: CheckReport) -> str:
             for leak in report.patients_in_two_splits
         ],
     )
-    lines += ["", *(f"error: {line}" for line in report.errors), *(f"warning: {line}" for line in report.warnings)]
+    lines += ["", *filter(None, [describe(report.left_out)])]
+    lines += [*(f"error: {line}" for line in report.errors), *(f"warning: {line}" for line in report.warnings)]
     return "\n".join([*lines, "ok" if report.ok else "not ok"])
 
 
@@ -272,17 +290,25 @@ class _Look(NamedTuple):
     mask_faults: list[tuple[str, str]]
     note: str | None
     signature: NDArray[np.float32] | None
+    fault: str | None  # why `fit` and `predict` could not prepare it
 
 
-def _look(sample: Sample, *, near: bool) -> _Look | str:
+def _look(sample: Sample, *, near: bool, preprocessing: Preprocessing) -> _Look | str:
     """Read an image and its mask; the reason where the image cannot be read."""
+    fault = None
     try:
-        # as the default intensity rule reads it, so that what is refused later is refused here
-        image = read_image(sample.path, frame=sample.frame, apply_voi=True)
+        try:
+            image = load(sample, preprocessing).image  # so that what is refused later is told here
+        except ReadError as err:
+            fault = _reason(err, sample.path)
+            image = read_image(sample.path, frame=sample.frame)
     except ReadError as err:
         return _reason(err, sample.path)
-    faults = list(_mask_faults(sample, image))
-    return _Look(image.sha256, faults, image.note, edge_signature(image) if near else None)
+    faults, signature = list(_mask_faults(sample, image)), None
+    if near:  # look-alikes are found in what the file holds, not in what its window leaves of it
+        windowed = fault is None and needs_voi(preprocessing.intensity) and sniff_format(sample.path) == "dicom"
+        signature = edge_signature(read_image(sample.path, frame=sample.frame) if windowed else image)
+    return _Look(image.sha256, faults, image.note, signature, fault)
 
 
 def _mask_faults(sample: Sample, image: Image) -> Iterator[tuple[str, str]]:
@@ -348,7 +374,7 @@ def _patient_leaks(samples: Iterable[Sample]) -> Iterator[PatientLeak]:
             rows[sample.task, sample.patient_id][sample.split] += 1
     for (task, patient_id), per_split in sorted(rows.items()):
         if len(per_split) > 1:
-            key = hashlib.sha256(patient_id.encode()).hexdigest()[:8]
+            key = hashlib.sha256(patient_id.encode(errors="surrogatepass")).hexdigest()[:8]
             yield PatientLeak(task, key, tuple(sorted(per_split.items(), key=lambda item: _split_rank(item[0]))))
 
 

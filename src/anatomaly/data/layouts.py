@@ -1,37 +1,26 @@
-"""Folder conventions of public data sets, one function per layout; each returns manifest rows.
+"""Folder conventions of public data sets, one function per layout; each returns manifest rows and what it left out.
 
-A label always comes from a whole folder name compared exactly (ignoring case), never from a part of a path: BMAD names
-its anomalous folder `Ungood`, which contains `good`.
+A label always comes from a whole folder name (`words.label_of`), never from a part of a path: BMAD names its anomalous
+folder `Ungood`, which contains `good`.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from anatomaly.data.readers import count_frames, sniff_format
+from anatomaly.data import words
+from anatomaly.data.listing import MASK_FOLDERS, Counts, LeftOut, describe, list_files, stem, subfolders
+from anatomaly.data.readers import count_frames
+from anatomaly.data.spreadsheet import locate
 from anatomaly.errors import ManifestError, ReadError
 from anatomaly.types import Sample, Split
 
-#: Names of folders (and words in a label column) that mean normal; every other finding is anomalous.
-NORMAL_NAMES = frozenset({"good", "normal"})
-
-#: Words that may mean either, so a person has to decide: calling a healthy folder anomalous would go unnoticed.
-UNCLEAR_NAMES = frozenset(
-    {"healthy", "control", "benign", "negative", "positive", "no", "yes", "false", "true", "none", "null", "na", "n/a"}
-    | {"unknown", "no_finding", "no_tumor", "notumor"}
-)
-
 #: Names of split folders and words of a split column, in lower case.
 SPLIT_NAMES: dict[str, Split] = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-
-#: Folders that hold masks; images are never looked for inside them.
-MASK_FOLDERS = frozenset({"label", "labels", "mask", "masks", "annotation", "annotations", "ground_truth"})
 
 LAYOUTS_HELP = (
     "expected manifest.csv, meta.json (Uni-Medical), train/good + test/{good,TYPE} (MVTec), "
@@ -39,42 +28,13 @@ LAYOUTS_HELP = (
 )
 
 _SINGLE_FRAME_SUFFIXES = (".png", ".jpg", ".jpeg")
-_IMAGE_SUFFIXES = (*_SINGLE_FRAME_SUFFIXES, ".tif", ".tiff", ".dcm", ".nii", ".nii.gz")
-_NOT_IMAGES = frozenset({"thumbs.db", "dicomdir"})  # a DICOMDIR has DICOM's magic bytes but holds no pixels
-
-_log = logging.getLogger(__name__)
 
 
-def label_of(word: str, where: str) -> Literal[0, 1]:
-    """Turn a folder name or the word of a label column into 0 (normal) or 1 (anomalous).
+class Rows(NamedTuple):
+    """Manifest rows read from a folder, and how many files and folders were left out (see `listing.describe`)."""
 
-    `good`, `normal` and 0 are normal; 1 and every other word (`bad`, `Ungood`, `glioma`, ...) are anomalous.
-
-    Args:
-        word: Not empty; case and surrounding blanks do not matter.
-        where: Start of the error message, such as "cases.csv: row 7".
-
-    Returns:
-        0 or 1.
-
-    Raises:
-        ManifestError: A word that could mean either (`UNCLEAR_NAMES`), or a number other than 0 and 1.
-    """
-    name = word.strip().lower()
-    if name in NORMAL_NAMES:
-        return 0
-    try:
-        number = float(name)  # tables written by pandas hold 0.0 and 1.0
-    except ValueError:
-        number = None
-    if number == 0:
-        return 0
-    if name in UNCLEAR_NAMES or number not in (None, 1.0):
-        raise ManifestError(
-            f"{where}: label {word.strip()!r} could mean normal or anomalous. "
-            "Call it normal, anomalous or the name of the finding."
-        )
-    return 1
+    samples: list[Sample]
+    left_out: Counts
 
 
 def has_splits(folder: Path) -> bool:
@@ -82,7 +42,7 @@ def has_splits(folder: Path) -> bool:
     return any(child.name.lower() in SPLIT_NAMES for child in subfolders(folder))
 
 
-def read_splits(folder: Path, task: str) -> list[Sample]:
+def read_splits(folder: Path, task: str) -> Rows:
     """Read a folder for which `has_splits` is true as BMAD (a class folder holds `img`) or as MVTec.
 
     Args:
@@ -96,7 +56,7 @@ def read_splits(folder: Path, task: str) -> list[Sample]:
         ManifestError: See `read_mvtec`.
     """
     is_bmad = any(
-        (class_folder / "img").is_dir()
+        os.path.isdir(class_folder / "img")  # noqa: PTH112 False for a locked one, where pathlib raises
         for split_folder in subfolders(folder)
         if split_folder.name.lower() in SPLIT_NAMES
         for class_folder in subfolders(split_folder)
@@ -104,12 +64,11 @@ def read_splits(folder: Path, task: str) -> list[Sample]:
     return read_bmad(folder, task) if is_bmad else read_mvtec(folder, task)
 
 
-def read_mvtec(folder: Path, task: str) -> list[Sample]:
+def read_mvtec(folder: Path, task: str) -> Rows:
     """Read `train/good`, `test/{good,TYPE}` and, where present, `ground_truth/TYPE/NAME_mask.*` or `NAME.*`.
 
     Also reads the same tree without masks: ZhangLab's `{train,val,test}/{NORMAL,PNEUMONIA}`, D2-4FAD's
-    `{train,test}/{good,bad}`.  Anomalous folders in `train` are left out, with a logged warning: training sees normal
-    images only.
+    `{train,test}/{good,bad}`.  Anomalous folders in `train` are left out: training sees normal images only.
 
     Args:
         folder: Folder that holds the split folders.
@@ -124,7 +83,7 @@ def read_mvtec(folder: Path, task: str) -> list[Sample]:
     return _read_classes(folder, task, lambda class_folder: (class_folder, folder / "ground_truth" / class_folder.name))
 
 
-def read_bmad(folder: Path, task: str) -> list[Sample]:
+def read_bmad(folder: Path, task: str) -> Rows:
     """Read BMAD's `train/good[/img]` and `{valid,test}/{good,Ungood}/{img,label}`; `Ungood` is anomalous.
 
     Sets without masks are flat (`test/Ungood/NAME.png`).  The empty masks in `good/label` are not listed.
@@ -140,11 +99,11 @@ def read_bmad(folder: Path, task: str) -> list[Sample]:
         ManifestError: See `read_mvtec`.
     """
 
-    def locate(class_folder: Path) -> tuple[Path, Path]:
+    def places(class_folder: Path) -> tuple[Path, Path]:
         images = class_folder / "img"
-        return (images if images.is_dir() else class_folder), class_folder / "label"
+        return (images if os.path.isdir(images) else class_folder), class_folder / "label"  # noqa: PTH112
 
-    return _read_classes(folder, task, locate)
+    return _read_classes(folder, task, places)
 
 
 def read_meta_json(file: Path) -> list[Sample]:
@@ -174,7 +133,7 @@ def read_meta_json(file: Path) -> list[Sample]:
     ]
 
 
-def read_plain(folder: Path, task: str) -> list[Sample]:
+def read_plain(folder: Path, task: str) -> Rows:
     """Read every image below a folder as an unlabelled test image.
 
     Args:
@@ -187,24 +146,11 @@ def read_plain(folder: Path, task: str) -> list[Sample]:
     Raises:
         ManifestError: No images.
     """
-    samples = [Sample(path, task, frame=frame) for path in list_images(folder) for frame in _frames(path)]
+    images, left_out = list_files(folder)
+    samples = [Sample(path, task, frame=frame) for path in images for frame in _frames(path)]
     if not samples:
-        raise ManifestError(f"{folder}: no images found; {LAYOUTS_HELP}.")
-    return samples
-
-
-def list_images(folder: Path) -> list[Path]:
-    """List the images below a folder in natural order (`2.png` before `10.png`).
-
-    Hidden files, mask folders, files named `*_mask.*` and whatever is no PNG, JPEG, TIFF, DICOM or NIfTI are left out;
-    files without a known suffix are recognised by their first bytes.
-    """
-    return [path for path in _image_files(folder) if not _stem(path.name).lower().endswith("_mask")]
-
-
-def subfolders(folder: Path) -> list[Path]:
-    """List the visible folders directly in a folder, in natural order."""
-    return sorted((child for child in folder.iterdir() if child.is_dir() and not _hidden(child.name)), key=_natural)
+        raise _no_images(folder, "no images found", left_out)
+    return Rows(samples, left_out)
 
 
 def split_of(word: str, where: str) -> Split:
@@ -226,40 +172,69 @@ def split_of(word: str, where: str) -> Split:
     return split
 
 
-def _read_classes(folder: Path, task: str, locate: Callable[[Path], tuple[Path, Path]]) -> list[Sample]:
-    """Read SPLIT/CLASS folders; `locate` maps a class folder to its image and mask folder (may be absent)."""
+def _read_classes(folder: Path, task: str, places: Callable[[Path], tuple[Path, Path]]) -> Rows:
+    """Read SPLIT/CLASS folders; `places` maps a class folder to its image and mask folder (may be absent)."""
     samples: list[Sample] = []
-    for split_folder in subfolders(folder):
-        if split_folder.name.lower() not in SPLIT_NAMES:
+    beside, left_out = list_files(folder, deep=False)
+    left_out["file", "outside of the splits"] += len(beside)
+    classes: list[tuple[Path, Split]] = []
+    for child in subfolders(folder):
+        if child.name.lower() in SPLIT_NAMES:
+            class_folders, others = _class_folders(child)
+            classes += [(below, split_of(child.name, str(child))) for below in class_folders]
+            left_out += others
+        elif child.name.lower() not in MASK_FOLDERS:
+            left_out["folder", "outside of the splits"] += 1
+    for (class_folder, split), label in zip(classes, _labels(folder, classes), strict=True):
+        image_folder, mask_folder = places(class_folder)
+        images, others = list_files(image_folder)
+        left_out += others
+        if split == "train" and label == 1:
+            left_out["file", "anomalous in train"] += len(images)
             continue
-        split = split_of(split_folder.name, str(split_folder))
-        if any(_is_image(path) for path in split_folder.iterdir()):
-            raise ManifestError(
-                f"{split_folder}: holds images outside of a class folder, expected {split_folder.name}/good/NAME and "
-                f"the like. Move them, or list them in a manifest.csv."
-            )
-        for class_folder in subfolders(split_folder):
-            if class_folder.name.lower() not in MASK_FOLDERS:
-                samples += _read_class(class_folder, task, split, *locate(class_folder))
+        masks = {}
+        if label == 1 and os.path.isdir(mask_folder):  # noqa: PTH112
+            masks = {_mask_key(path, mask_folder): path for path in list_files(mask_folder, masks=True).images}
+        samples += [
+            Sample(path, task, split, label, frame, masks.get(_mask_key(path, image_folder)))
+            for path in images
+            for frame in _frames(path)
+        ]
     if not samples:
-        raise ManifestError(f"{folder}: no images in its split folders; {LAYOUTS_HELP}.")
-    return samples
+        raise _no_images(folder, "no images in its split folders", left_out)
+    return Rows(samples, left_out)
 
 
-def _read_class(class_folder: Path, task: str, split: Split, image_folder: Path, mask_folder: Path) -> list[Sample]:
-    label = label_of(class_folder.name, str(class_folder))
-    images = list_images(image_folder)
-    if split == "train" and label == 1:
-        _log.warning("%s: left out %d images, training sees normal images only.", class_folder, len(images))
-        return []
-    masks: dict[str, Path] = {}
-    if label == 1 and mask_folder.is_dir():
-        masks = {_mask_key(path, mask_folder): path for path in _image_files(mask_folder)}
-    return [
-        Sample(path, task, split, label, frame, masks.get(_mask_key(path, image_folder)))
-        for path in images
-        for frame in _frames(path)
-    ]
+def _class_folders(split_folder: Path) -> tuple[list[Path], Counts]:
+    """The class folders of a split, and what lies beside them."""
+    images, left_out = list_files(split_folder, deep=False)
+    if images:
+        raise ManifestError(
+            f"{split_folder}: holds images outside of a class folder, expected {split_folder.name}/good/NAME and "
+            f"the like. Move them, or list them in a manifest.csv."
+        )
+    folders = subfolders(split_folder)
+    classes = [child for child in folders if child.name.lower() not in MASK_FOLDERS]
+    left_out["folder", "of masks"] += len(folders) - len(classes)
+    return classes, left_out
+
+
+def _labels(folder: Path, classes: Sequence[tuple[Path, Split]]) -> list[Literal[0, 1]]:
+    """What the names of all class folders mean; those that may mean either are refused together."""
+    labels = [words.meaning_of(class_folder.name, folder=True) for class_folder, _ in classes]
+    unclear = {
+        class_folder.name: class_folder.relative_to(folder).parent.as_posix()
+        for (class_folder, _), label in zip(classes, labels, strict=True)
+        if label is None
+    }
+    if unclear:
+        raise words.unclear_labels(unclear, str(folder), folder=True)
+    return [label for label in labels if label is not None]
+
+
+def _no_images(folder: Path, what: str, left_out: LeftOut) -> ManifestError:
+    told = describe(left_out)
+    return ManifestError(f"{folder}: {what}{f' ({told})' if told else ''}; {LAYOUTS_HELP}.")
 
 
 def _meta_sample(entry: Any, split: Split, task: str, file: Path, where: str) -> Sample:
@@ -269,11 +244,11 @@ def _meta_sample(entry: Any, split: Split, task: str, file: Path, where: str) ->
         raise ManifestError(f"{where}: anomaly is {entry.get('anomaly')!r}, expected 0 or 1.")
     mask = entry.get("mask_path") or None
     return Sample(
-        file.parent / entry["img_path"],
+        locate(file.parent, entry["img_path"]),
         task,
         split,
         1 if entry["anomaly"] else 0,
-        mask=None if mask is None else file.parent / mask,
+        mask=None if mask is None else locate(file.parent, mask),
     )
 
 
@@ -288,42 +263,10 @@ def _frames(path: Path) -> list[int] | list[None]:
     return [None] if frames == 1 else list(range(frames))
 
 
-def _image_files(folder: Path) -> Iterator[Path]:
-    """All images below a folder, in natural order; mask folders below it are not entered."""
-    found = []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not _hidden(name) and name.lower() not in MASK_FOLDERS]
-        found += [Path(parent, name) for name in files]
-    return (path for path in sorted(found, key=_natural) if _is_image(path))
-
-
-def _is_image(path: Path) -> bool:
-    name = path.name.lower()
-    if _hidden(name) or name in _NOT_IMAGES or not path.is_file():
-        return False
-    return name.endswith(_IMAGE_SUFFIXES) or sniff_format(path) is not None
-
-
-def _hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
-
-
-def _natural(path: Path) -> list[tuple[int, str]]:
-    """Sort key that orders digits by value; `str(path)` last keeps `1.png` and `01.png` in a fixed order."""
-    parts = re.split(r"(\d+)", path.as_posix())
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts] + [(-1, str(path))]
-
-
-def _stem(name: str) -> str:
-    """File name without a known image suffix; the dots of a DICOM UID stay."""
-    suffix = next((suffix for suffix in reversed(_IMAGE_SUFFIXES) if name.lower().endswith(suffix)), "")
-    return name[: len(name) - len(suffix)]
-
-
 def _mask_key(path: Path, folder: Path) -> str:
     """What an image and its mask share: the path below their folders without suffix and without `_mask`."""
-    stem = _stem(path.relative_to(folder).as_posix())
-    return stem[:-5] if stem.lower().endswith("_mask") else stem
+    name = stem(path.relative_to(folder).as_posix())
+    return name[:-5] if name.lower().endswith("_mask") else name
 
 
 def samples_of(item: str | Path | Sample, *, task: str) -> list[Sample]:

@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import stat
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from anatomaly.data import layouts
+from anatomaly.data import layouts, spreadsheet, words
+from anatomaly.data.layouts import Rows
+from anatomaly.data.listing import LeftOut, list_files, subfolders
 from anatomaly.errors import ManifestError, OutputError
+from anatomaly.files import file_digest
 from anatomaly.types import Sample, Split
 
 COLUMNS = ("path", "task", "split", "label", "frame", "mask", "patient_id", "sha256")
@@ -31,6 +35,8 @@ class Manifest:
     Attributes:
         samples: The rows, in a fixed order.
         source: File or folder the rows were read from.
+        left_out: How many files and folders below the source became no row, by reason; `listing.describe` puts it in
+            words.
 
     Example:
         >>> rows = (Sample(Path("a.png"), "brain", "train", 0), Sample(Path("b.png"), "liver", "test", 1))
@@ -41,6 +47,7 @@ class Manifest:
 
     samples: tuple[Sample, ...]
     source: Path
+    left_out: LeftOut = field(default_factory=dict, compare=False)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -86,7 +93,7 @@ class Manifest:
             and (split is None or sample.split == split)
             and (label is None or sample.label == label)
         )
-        return Manifest(tuple(kept), self.source)
+        return replace(self, samples=tuple(kept))
 
     def with_hashes(self) -> Manifest:
         """Fill in missing sha256 digests; every file is read at most once.
@@ -98,9 +105,8 @@ class Manifest:
         for sample in self.samples:
             if sample.sha256 is None and sample.path not in digests:
                 digests[sample.path] = _file_digest(sample.path)
-        return Manifest(
-            tuple(s if s.sha256 is not None else replace(s, sha256=digests[s.path]) for s in self.samples), self.source
-        )
+        hashed = (s if s.sha256 is not None else replace(s, sha256=digests[s.path]) for s in self.samples)
+        return replace(self, samples=tuple(hashed))
 
     def fingerprint(self) -> str:
         """Digest of what the table says, independent of row order, file names and where the files lie.
@@ -136,13 +142,33 @@ def load_manifest(path: Path, *, task: str | None = None) -> Manifest:
         ManifestError: Nothing found, a malformed row, missing files, a row given twice, or an anomalous training image.
     """
     path = Path(path)
-    if not path.exists():
-        raise ManifestError(f"{path}: no such file or folder.")
-    samples = _read_folder(path, task) if path.is_dir() else _read_file(path, task)
-    _refuse_missing(samples, path)
-    _refuse_repeated(samples, path)
-    _refuse_anomalous_training(samples, path)
-    return Manifest(tuple(samples), path)
+    is_folder = _can_be_opened(path)
+    rows, listed = _read_folder(path, task) if is_folder else (_read_file(path, task), True)
+    if listed:  # what was found in a folder is there, and once
+        _refuse_missing(rows.samples, path)
+        _refuse_repeated(rows.samples, path)
+    _refuse_anomalous_training(rows.samples, path)
+    return Manifest(tuple(rows.samples), path, rows.left_out)
+
+
+def _can_be_opened(path: Path) -> bool:
+    """Refuse a file or folder that is not there or locked; True for a folder."""
+    try:
+        is_folder = stat.S_ISDIR(path.stat().st_mode)
+        if is_folder:
+            os.scandir(path).close()
+    except FileNotFoundError as err:
+        raise ManifestError(f"{path}: no such file or folder.") from err
+    except (PermissionError, NotADirectoryError) as err:
+        raise ManifestError(f"{path}: cannot be opened ({err.strerror}). Check its name and permissions.") from err
+    except ValueError as err:
+        raise ManifestError(f"{str(path)!r}: no name of a file or folder ({err}).") from err
+    return is_folder
+
+
+def is_table(path: Path) -> bool:
+    """Whether a file is a data set by its suffix (a table or a meta.json), not one image."""
+    return path.suffix.lower() in {".json", *spreadsheet.TABLE_SUFFIXES}
 
 
 def write_csv(manifest: Manifest, path: Path) -> None:
@@ -162,7 +188,8 @@ def write_csv(manifest: Manifest, path: Path) -> None:
         return (absolute.relative_to(folder) if absolute.is_relative_to(folder) else absolute).as_posix()
 
     try:
-        with path.open("w", encoding="utf-8", newline="") as stream:
+        # A name that is not UTF-8 is written byte by byte, as it is on disk, and read back so.
+        with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as stream:
             writer = csv.writer(stream, lineterminator="\n")
             writer.writerow(COLUMNS)
             for s in manifest:
@@ -173,39 +200,56 @@ def write_csv(manifest: Manifest, path: Path) -> None:
         raise OutputError(f"{path}: cannot be written ({err.strerror}).") from err
 
 
-def _read_file(path: Path, task: str | None) -> list[Sample]:
+def _read_file(path: Path, task: str | None) -> Rows:
     suffix = path.suffix.lower()
     if suffix == ".json":
-        return layouts.read_meta_json(path)
-    if suffix == ".csv":
-        return _read_csv(path, task)
-    raise ManifestError(f"{path}: got a {suffix or 'suffix-less'} file, expected a .csv, a meta.json or a folder.")
+        return Rows(layouts.read_meta_json(path), Counter())
+    if suffix in spreadsheet.TABLE_SUFFIXES:
+        return Rows(_read_csv(path, task), Counter())
+    advice = " Save the table as CSV." if suffix in (".xlsx", ".xls", ".ods") else ""
+    raise ManifestError(
+        f"{path}: got a {suffix or 'suffix-less'} file, expected a .csv, a meta.json or a folder.{advice}"
+    )
 
 
-def _read_folder(folder: Path, task: str | None) -> list[Sample]:
+def _read_folder(folder: Path, task: str | None) -> tuple[Rows, bool]:
+    """Rows of a folder, and whether a table lists any of them."""
     if _is_data_set(folder):
-        return _read_data_set(folder, task)
-    children = [child for child in layouts.subfolders(folder) if _is_data_set(child)]
+        return _read_data_set(folder, task), _has_table(folder)
+    below = subfolders(folder)
+    children = [child for child in below if _is_data_set(child)]
     if not children:
-        return layouts.read_plain(folder, task or _folder_name(folder))
-    strays = [child for child in layouts.subfolders(folder) if child not in children and layouts.list_images(child)]
-    if strays:
-        raise ManifestError(
-            f"{folder}: {children[0].name} is a data set but {strays[0].name} is only images; "
-            "expected all folders in one of the known layouts. Move it, or load the data sets one by one."
-        )
-    return [sample for child in children for sample in _read_data_set(child, None)]
+        return layouts.read_plain(folder, task or _folder_name(folder)), False
+    beside, left_out = list_files(folder, deep=False)
+    left_out["file", "outside of the data sets"] += len(beside)
+    for stray in (child for child in below if child not in children):
+        images, others = list_files(stray)
+        left_out += others
+        if images:
+            raise ManifestError(
+                f"{folder}: {children[0].name} is a data set but {stray.name} is only images; "
+                "expected all folders in one of the known layouts. Move it, or load the data sets one by one."
+            )
+    samples: list[Sample] = []
+    for child in children:
+        own, others = _read_data_set(child, None)
+        samples += own
+        left_out += others
+    return Rows(samples, left_out), any(map(_has_table, children))
 
 
 def _is_data_set(folder: Path) -> bool:
-    return (folder / "manifest.csv").is_file() or (folder / "meta.json").is_file() or layouts.has_splits(folder)
+    return _has_table(folder) or layouts.has_splits(folder)
 
 
-def _read_data_set(folder: Path, task: str | None) -> list[Sample]:
-    if (folder / "manifest.csv").is_file():
-        return _read_csv(folder / "manifest.csv", task)
-    if (folder / "meta.json").is_file():
-        return layouts.read_meta_json(folder / "meta.json")
+def _has_table(folder: Path) -> bool:
+    return any(os.path.isfile(folder / name) for name in ("manifest.csv", "meta.json"))  # noqa: PTH113 locked: False
+
+
+def _read_data_set(folder: Path, task: str | None) -> Rows:
+    for name in ("manifest.csv", "meta.json"):
+        if os.path.isfile(folder / name):  # noqa: PTH113
+            return _read_file(folder / name, task)
     return layouts.read_splits(folder, task or _folder_name(folder))
 
 
@@ -214,48 +258,44 @@ def _folder_name(folder: Path) -> str:
 
 
 def _read_csv(path: Path, task: str | None) -> list[Sample]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as err:
-        raise ManifestError(f"{path}: is not UTF-8. Save the table as UTF-8 CSV.") from err
-    except OSError as err:
-        raise ManifestError(f"{path}: cannot be read ({err.strerror}).") from err
-    header = text.partition("\n")[0]
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count))
-    columns = [name.strip().lower() for name in reader.fieldnames or []]
-    if "path" not in columns:
-        raise ManifestError(f"{path}: has no column path, got {', '.join(columns) or 'an empty file'}.")
-    reader.fieldnames = columns
     default_task = task or _folder_name(path.parent)
-    samples = [_csv_sample(row, path, default_task, f"{path}: row {reader.line_num}") for row in reader]
+    samples: list[Sample] = []
+    unclear: dict[str, str] = {}
+    for number, cells in spreadsheet.read_rows(path):
+        label = cells.get("label", "")
+        if label and words.meaning_of(label) is None:
+            unclear.setdefault(label, f"row {number}")
+        else:
+            samples.append(_csv_sample(cells, path.parent, default_task, f"{path}: row {number}"))
+    if len(unclear) == 1:
+        raise words.unclear_labels(dict.fromkeys(unclear, ""), f"{path}: {next(iter(unclear.values()))}", folder=False)
+    if unclear:
+        raise words.unclear_labels(unclear, str(path), folder=False)
     if not samples:
         raise ManifestError(f"{path}: has no rows.")
     return samples
 
 
-def _csv_sample(row: dict[str, str | None], csv_file: Path, default_task: str, where: str) -> Sample:
-    if None in row or None in row.values():
-        raise ManifestError(f"{where}: has more or fewer cells than the header. Quote cells that hold the separator.")
-    cells = {column: (cell or "").strip() for column, cell in row.items()}
+def _csv_sample(cells: Mapping[str, str], folder: Path, default_task: str, where: str) -> Sample:
     if not cells["path"]:
         raise ManifestError(f"{where}: path is empty.")
     mask, label, split = cells.get("mask") or cells.get("mask_path"), cells.get("label"), cells.get("split")
     return Sample(
-        path=csv_file.parent / cells["path"],
+        path=spreadsheet.locate(folder, cells["path"]),
         task=cells.get("task") or default_task,
         split=layouts.split_of(split, where) if split else "test",
-        label=layouts.label_of(label, where) if label else None,
+        label=words.label_of(label, where) if label else None,
         frame=_frame(cells.get("frame", ""), where),
-        mask=csv_file.parent / mask if mask else None,
+        mask=spreadsheet.locate(folder, mask) if mask else None,
         patient_id=cells.get("patient_id") or None,
         sha256=_digest(cells.get("sha256", ""), where),
     )
 
 
 def _frame(cell: str, where: str) -> int | None:
-    if not re.fullmatch(r"(\d+(\.0)?)?", cell, re.ASCII):  # pandas writes 3.0 where other rows have no frame
+    if not re.fullmatch(r"(\d+([.,]0)?)?", cell, re.ASCII):  # pandas writes 3.0 where other rows have no frame
         raise ManifestError(f"{where}: frame is {cell!r}, expected 0, 1, 2, ... or nothing.")
-    return int(float(cell)) if cell else None
+    return int(cell.replace(",", ".").partition(".")[0]) if cell else None
 
 
 def _digest(cell: str, where: str) -> str | None:
@@ -265,19 +305,15 @@ def _digest(cell: str, where: str) -> str | None:
 
 
 def _file_digest(path: Path) -> str:
-    digest = hashlib.sha256()
     try:
-        with path.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
+        return file_digest(path)
     except OSError as err:
         raise ManifestError(f"{path}: cannot be read ({err.strerror}).") from err
-    return digest.hexdigest()
 
 
 def _refuse_missing(samples: Sequence[Sample], source: Path) -> None:
     files = dict.fromkeys(file for s in samples for file in (s.path, s.mask) if file is not None)
-    missing = [file for file in files if not file.is_file()]
+    missing = [file for file in files if not os.path.isfile(file)]  # noqa: PTH113 False in a locked folder
     if missing:
         raise ManifestError(
             f"{source}: {len(missing)} of {len(files)} files do not exist, the first is {missing[0]}. "

@@ -8,7 +8,6 @@ caller's process: the public functions ask one of the `workers`, which runs `ans
 from __future__ import annotations
 
 import gzip
-import hashlib
 import stat
 import struct
 import zlib
@@ -34,6 +33,7 @@ from anatomaly.data.decoding import (
 )
 from anatomaly.data.dicom_source import begins_without_preamble
 from anatomaly.errors import AnatomalyError, ReadError
+from anatomaly.files import file_digest
 from anatomaly.types import Image, Sample
 
 if TYPE_CHECKING:
@@ -261,11 +261,7 @@ def _known_format(path: Path) -> str:
 @lru_cache(maxsize=4)
 def _sha256(path: Path, _modified_ns: int, _size: int) -> str:
     """Digest of the file; remembered, because the slices of a volume are read one after the other."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return file_digest(path)
 
 
 def _open_picture(path: Path) -> ImageFile:

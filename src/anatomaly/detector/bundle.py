@@ -113,18 +113,18 @@ def read_bundle(folder: Path) -> tuple[Bundle, str]:
         facts = json.loads(file.read_text(encoding="utf-8"))
         if facts["format"] != FORMAT:
             raise NotReadyError(f"{folder}: bundle format {facts['format']}, expected {FORMAT}. Update anatomaly.")
-        bundle = Bundle(
-            ModelFacts.from_dict(facts),
-            _preprocessing(facts["preprocessing"]),
-            Scoring(**facts["scoring"]),
-            {task: Intensity(**rule) for task, rule in dict(facts["task_intensity"]).items()},
-        )
-        return bundle, str(facts["weights_hash"])
+        preprocessing, scoring = _preprocessing(facts["preprocessing"]), Scoring(**facts["scoring"])
+        rules = {task: Intensity(**rule) for task, rule in dict(facts["task_intensity"]).items()}
+        told, weights_hash = ModelFacts.from_dict(facts), str(facts["weights_hash"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
         raise NotReadyError(
             f"{folder}: not a model bundle (no usable {CONFIG}). Make one with `anatomaly fit` or `anatomaly import`."
         ) from err
     except ConfigError as err:
+        raise NotReadyError(f"{file}: is damaged ({err}) Copy the whole bundle again.") from err
+    try:
+        return Bundle(told, preprocessing, scoring, rules), weights_hash
+    except (ConfigError, TypeError, ValueError) as err:
         raise NotReadyError(f"{file}: is damaged ({err}) Copy the whole bundle again.") from err
 
 

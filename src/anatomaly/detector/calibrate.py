@@ -95,8 +95,9 @@ def calibrate_on_support(
 ) -> Calibrated:
     """Set K normal images as support and calibrate on them alone: each is scored against the others.
 
-    With "nearest" the p-values hold (an image scored against fewer supports can only score higher); with a trained
-    method they are approximate.  All images of a patient, or of a file, are left out together.
+    For methods whose record says `conservative_leave_one_out` the p-values hold (an image scored against fewer supports
+    can only score higher); for others they are approximate.  All images of a patient, or of a file, are left out
+    together.
 
     Args:
         detector: Of a method with support; its support is replaced.

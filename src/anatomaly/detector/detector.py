@@ -1,4 +1,4 @@
-"""The `Detector`: a trained model that carries `spine.predict_tensor` to files, supports and saved banks."""
+"""The `Detector`: a trained model that carries `scoring.predict_tensor` to files, supports and saved banks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from anatomaly.detector.conformal import best_fit, misfit, with_p_value
 from anatomaly.detector.facts import TEACHERS, model_hash
 from anatomaly.errors import ConfigError, NotReadyError
 from anatomaly.methods import build_method
-from anatomaly.scoring import compare_tensor, encode_tensor, leave_one_out_maps, scale_from_normals
+from anatomaly.scoring import compare_tensor, embed_tensor, encode_tensor, leave_one_out_maps, scale_from_normals
 from anatomaly.types import Calibration, Intensity, Prediction, Preprocessing, Scoring, SupportBank
 
 if TYPE_CHECKING:
@@ -187,10 +187,7 @@ class Detector:
             twice = next(s.name for s, d in zip(samples, digests, strict=True) if digests.count(d) > 1)
             raise ConfigError(f"support: {twice} is given twice, expected K different images. Remove the copies.")
         stack = torch.stack(inputs).to(self.device)
-        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            features = self.method.extract_support(stack)
-            tensors = self.method.embed_support(features)
-            encoded = self.method.encode(features)
+        tensors, encoded = embed_tensor(self.method, stack, precision=self.precision)
         map_range = (0.0, 0.5 * len(encoded))  # a fixed guess where a single support leaves nothing to compare with
         if len(samples) > 1:
             size = self.preprocessing.size
@@ -330,7 +327,7 @@ class Detector:
 
         Args:
             items: Files (a volume gives one prediction per slice) or manifest rows.
-            batch_size: Images per forward pass; does not change any score.
+            batch_size: Images per forward pass; changes no score, as `scoring.predict_tensor` promises.
             task: Task name of items given as files.
 
         Yields:

@@ -1,17 +1,16 @@
-"""A cell: one task judged with K supports, drawn several times; what is written of it, and read again."""
+"""A cell: the folder of a judged task, written once and read back the same way by all who tabulate it."""
 
 from __future__ import annotations
 
 import csv
-import io
 import json
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections import defaultdict
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from anatomaly.evaluation.metrics import Interval, summarise_draws
 from anatomaly.files import write_whole
+from anatomaly.tables import csv_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,93 +18,33 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from anatomaly.types import Sample
+    from anatomaly.evaluation.evaluation import Evaluation
+
+#: The scores of every test image in every draw; another table than the `scores.csv` of `predict`.
+SCORES = "test_scores.csv"
+_EARLIER_SCORES = "scores.csv"  # what it was called before
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """One task judged with K supports, drawn several times.
+class Stored(NamedTuple):
+    """What was written of one task at one K.
 
     Attributes:
-        task: The task.
-        shots: K.
-        samples: The N scored rows.
-        unreadable: Rows that could not be scored, and why.
-        supports: Per draw, the K support rows.
-        scores: (draws, N) image scores.
-        metrics: Per draw, the figures of `metrics.image_metrics`, those of `pixel_metrics` where masks exist,
-            and "patient_auroc" where every scored row has a patient and patients have several rows.
-        interval: 95 % bootstrap interval of the mean AUROC over the draws, resampling patients (else images).
-        unusable_masks: Scored rows whose mask could not be used, and why; they are left out of the pixel metrics.
-        pixel_bounds: Per draw, how far each pixel metric can be from its exact value (`PixelCounts.bounds`); empty
-            without pixel metrics.
+        images: N test images as (path, frame).
+        labels: (N,) 0 or 1.
+        groups: N patients, or None where not all are known.
+        scores: (draws, N).
+        metrics: Per draw, metric by name.
     """
 
-    task: str
-    shots: int
-    samples: tuple[Sample, ...]
-    unreadable: tuple[tuple[Sample, str], ...]
-    supports: tuple[tuple[Sample, ...], ...]
+    images: tuple[tuple[str, str], ...]
+    labels: NDArray[np.int64]
+    groups: tuple[str, ...] | None
     scores: NDArray[np.float64]
     metrics: tuple[dict[str, float], ...]
-    interval: Interval
-    unusable_masks: tuple[tuple[Sample, str], ...] = ()
-    pixel_bounds: tuple[dict[str, float], ...] = ()
-
-    def summary(self) -> dict[str, tuple[float, float]]:
-        """Mean and standard deviation over the draws, by metric."""
-        return {name: summarise_draws([draw[name] for draw in self.metrics]) for name in self.metrics[0]}
-
-
-def table_of(results: Sequence[tuple[str, Evaluation]]) -> tuple[list[str], list[list[str]], str]:
-    """Lay evaluations out as a table.
-
-    Args:
-        results: (name of the method or model, evaluation); names may be empty.
-
-    Returns:
-        Column titles, rows of cells, and a note on how to read them.
-    """
-    shown = [
-        ("AP", "ap"),
-        ("F1max", "f1max"),
-        ("F1max floor", "f1max_floor"),
-        ("patient AUROC", "patient_auroc"),
-        ("pixel AUROC", "pixel_auroc"),
-        ("AUPRO", "aupro"),
-        ("Dice max", "dice_max"),
-    ]
-    summaries = [result.summary() for _, result in results]
-    shown = [(title, key) for title, key in shown if any(key in summary for summary in summaries)]
-    named = any(name for name, _ in results)
-    shots = ["K"] if any(result.shots for _, result in results) else []
-    columns = ["task", *["method"] * named, *shots, "image AUROC", "95 % interval", *(title for title, _ in shown)]
-    rows = []
-    for (name, result), summary in zip(results, summaries, strict=True):
-        cells = [result.task, *[name] * named, *[str(result.shots)] * len(shots), _mean_sd(*summary["auroc"])]
-        cells.append(f"{result.interval.low:.3f} to {result.interval.high:.3f}")
-        cells += [_mean_sd(*summary[key]) if key in summary else "" for _, key in shown]
-        rows.append(cells)
-    draws, scored = len(results[0][1].supports), len(results[0][1].samples)
-    over = f"Mean ± standard deviation over {draws} support draws, {scored} test images" if shots else "No support"
-    note = (
-        f"{over}. The interval is a bootstrap of "
-        "the mean AUROC over test images (patients where known). F1max and Dice take the best threshold on the test "
-        "labels; the floor is what calling everything anomalous gives."
-    )
-    masks = {sample: reason for _, result in results for sample, reason in result.unusable_masks}
-    if masks:
-        reason = next(iter(masks.values()))
-        note += f" Masks left out of the pixel metrics, as they cannot be used: {len(masks)}; the first: {reason}"
-    return columns, rows, note
-
-
-def _mean_sd(mean: float, sd: float) -> str:
-    return f"{mean:.3f}" if np.isnan(sd) or sd < 5e-7 else f"{mean:.3f} ± {sd:.3f}"
 
 
 def write_evaluations(results: Sequence[Evaluation], out: Path) -> None:
-    """Write evaluation.json (summary), draws.csv (metrics and supports of each draw) and scores.csv (every image).
+    """Write evaluation.json (summary), draws.csv (metrics and supports of each draw) and test_scores.csv (every image).
 
     Raises:
         OutputError: `out` cannot be written.
@@ -145,7 +84,36 @@ def write_evaluations(results: Sequence[Evaluation], out: Path) -> None:
                 for sample, score in zip(result.samples, result.scores[number].tolist(), strict=True)
             ]
     write_whole(out / "evaluation.json", (json.dumps(summary, indent=2) + "\n").encode())
-    for name, table in (("draws.csv", draws), ("scores.csv", scores)):
-        stream = io.StringIO()
-        csv.writer(stream, lineterminator="\n").writerows(table)
-        write_whole(out / name, stream.getvalue().encode())
+    for name, table in (("draws.csv", draws), (SCORES, scores)):
+        write_whole(out / name, csv_bytes(table))
+
+
+def read_evaluation(folder: Path) -> Stored:
+    """Read what `write_evaluations` left of a single evaluation.
+
+    Raises:
+        OSError: A file is missing or cannot be read.
+        ValueError, KeyError, StopIteration: A file is damaged.
+    """
+    file = folder / SCORES
+    draws: dict[str, list[dict[str, str]]] = defaultdict(list)
+    for row in _rows(file if file.is_file() else folder / _EARLIER_SCORES):
+        draws[row["draw"]].append(row)
+    first = next(iter(draws.values()))
+    known = {"task", "shots", "draw", "supports"}
+    patients = tuple(row["patient"] for row in first)
+    return Stored(
+        images=tuple((row["path"], row["frame"]) for row in first),
+        labels=np.array([int(row["label"]) for row in first]),
+        groups=patients if all(patients) else None,
+        scores=np.array([[float(row["score"]) for row in rows] for rows in draws.values()]),
+        metrics=tuple(
+            {name: float(value) for name, value in row.items() if name not in known and value}
+            for row in _rows(folder / "draws.csv")
+        ),
+    )
+
+
+def _rows(file: Path) -> list[dict[str, str]]:
+    with file.open(encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from anatomaly.evaluation.metrics import checked_scores, number_patients
 
 Floats = NDArray[np.float64]
+_CONFIDENCE = 0.95
 
 
 class Difference(NamedTuple):
@@ -40,8 +41,6 @@ def compare_auroc(
     labels: ArrayLike,
     *,
     groups: Sequence[str] | None = None,
-    draws: Literal["fixed", "random"] = "fixed",
-    confidence: float = 0.95,
 ) -> Difference:
     """Test whether two methods have the same AUROC, given their scores of the same images.
 
@@ -51,31 +50,25 @@ def compare_auroc(
     per patient that is DeLong's variance, without any factor.  The components of both methods are subtracted before
     they are squared, which is the contrast (1, -1) of the 2 x 2 covariance matrix.
 
-    The statement is about other test images (patients) of the same kind.  Draws and seeds are taken as they are, unless
-    `draws` is "random": then the variance of the mean difference over paired draws is added, and t replaces the normal
-    distribution, with the degrees of freedom of Satterthwaite; the interaction of draws and images is counted twice, so
-    that p is rather too large.
+    The statement is about other test images (patients) of the same kind.  Draws and seeds are taken as they are.
 
     `bootstrap` of `lambda s, y: auroc(s[:d], y) - auroc(s[d:], y)` over both methods' scores, one above the other,
     gives much the same interval without the normal approximation.
 
     Args:
         scores_a: (N,), or (D, N) for D draws; finite, any range, higher = more anomalous.
-        scores_b: (N,) or (E, N), of the same images in the same order; with random draws E = D, and draw d of both
-            methods has the same supports (or seed).
+        scores_b: (N,) or (E, N), of the same images in the same order.
         labels: (N,) 0 normal, 1 anomalous; both classes in two patients at least (without `groups`, two images).
         groups: N patient ids, none missing.
-        draws: Whether the draws are part of the methods ("fixed") or a sample of all draws there could be ("random").
-        confidence: Coverage of the interval, in (0, 1).
 
     Returns:
-        The difference, its interval (not cut at -1 and 1) and p.  Where all patients say the same the variance is
+        The difference, its 95 % interval (not cut at -1 and 1) and p.  Where all patients say the same the variance is
         estimated as 0: p is 1 without a difference (two methods that rank alike) and 0 with one (a perfect method
         beside one that gives all images the same score), which overstates what few images can show.
 
     Raises:
-        ValueError: Scores or labels are unusable, an id is missing, a class or the draws are too few, or the numbers
-            of images or random draws differ.
+        ValueError: Scores or labels are unusable, an id is missing, a class has too few images, or the numbers of
+            images differ.
 
     Example:
         >>> found = compare_auroc([1, 2, 3, 4, 5, 6], [1, 5, 3, 4, 2, 6], [0, 0, 0, 1, 1, 1])
@@ -86,41 +79,25 @@ def compare_auroc(
         DeLong, DeLong and Clarke-Pearson, Biometrics 44 (1988) 837; Sun and Xu, IEEE Signal Processing Letters 21
         (2014) 1389; Obuchowski, Biometrics 53 (1997) 567.
     """
-    from scipy.special import ndtr, ndtri, stdtr, stdtrit
+    from scipy.special import ndtr, ndtri
 
-    if not 0.0 < confidence < 1.0:
-        raise ValueError(f"compare_auroc: confidence is {confidence}, expected a share between 0 and 1, such as 0.95.")
     first, second, anomalous = *_by_draw(scores_a, scores_b, labels), np.asarray(labels) == 1
     patients, owner = number_patients(groups if groups is not None else range(len(anomalous)), len(anomalous))
     for name, chosen in (("normal", ~anomalous), ("anomalous", anomalous)):
         if (found := len(np.unique(owner[chosen]))) < 2:
             unit = "images" if groups is None else "patients with images"
             raise ValueError(f"compare_auroc: got {found} {unit} that are {name}, expected 2 of either class or more.")
-    if draws == "random" and (len(first) != len(second) or len(first) < 2):
-        raise ValueError(
-            f"compare_auroc: got {len(first)} and {len(second)} draws, expected the same number of both, at least 2."
-            " Draws that are not random and paired can be compared as fixed ones."
-        )
     won_a, won_b = _won(first, anomalous), _won(second, anomalous)
     won = len(second) * won_a.sum(axis=0) - len(first) * won_b.sum(axis=0)  # (N,), exact: equal methods give exactly 0
     pairs = float(np.count_nonzero(anomalous) * np.count_nonzero(~anomalous))
     scale = pairs * len(first) * len(second)
     difference = float(won[anomalous].sum() / scale)
     variance = _variance(won, anomalous, owner, patients) / scale**2
-    freedom = math.inf
-    if draws == "random":
-        of_draws = float(np.var((won_a - won_b)[:, anomalous].sum(axis=1) / pairs, ddof=1)) / len(first)
-        variance += of_draws
-        if of_draws > 0.0:
-            freedom = (len(first) - 1) * (variance / of_draws) ** 2
     if variance == 0.0:
         return Difference(difference, difference, difference, float(difference == 0.0))
     error = math.sqrt(variance)
-    tail, ratio = (1.0 - confidence) / 2.0, abs(difference) / error
-    if math.isinf(freedom):
-        margin, p = -float(ndtri(tail)) * error, 2.0 * float(ndtr(-ratio))
-    else:
-        margin, p = -float(stdtrit(freedom, tail)) * error, 2.0 * float(stdtr(freedom, -ratio))
+    tail = (1.0 - _CONFIDENCE) / 2.0  # not 0.025: the last digit of stored figures
+    margin, p = -float(ndtri(tail)) * error, 2.0 * float(ndtr(-abs(difference) / error))
     return Difference(difference, difference - margin, difference + margin, p)
 
 

@@ -13,7 +13,7 @@ from anatomaly.data.loading import load_batches
 from anatomaly.data.readers import read_mask_of
 from anatomaly.data.transforms import mask_to_input
 from anatomaly.errors import AnatomalyError, ConfigError, ManifestError
-from anatomaly.evaluation.cells import Evaluation
+from anatomaly.evaluation.evaluation import Evaluation
 from anatomaly.evaluation.metrics import auroc, bootstrap, image_metrics, pool_by_patient
 from anatomaly.evaluation.pixel_metrics import PixelCounts, region_shares
 from anatomaly.evaluation.protocols import draw_supports, forbid_leak, samples_to_test
@@ -276,30 +276,4 @@ def _evaluation(
         interval=bootstrap(auroc, scores, labels, groups=groups if by_patient else None),
         unusable_masks=collected.unusable_masks,
         pixel_bounds=tuple(bounds),
-    )
-
-
-def pooled(results: Sequence[Evaluation], *, name: str = "all tasks") -> Evaluation:
-    """All tasks of one multi-class model judged together: one ranking over every test image.
-
-    Args:
-        results: Evaluations of different tasks by the same method without support.
-        name: What to call the whole.
-
-    Returns:
-        An evaluation with image metrics only; a patient is one within its task.
-    """
-    samples = tuple(sample for result in results for sample in result.samples)
-    scores = np.concatenate([result.scores for result in results], axis=1)
-    labels = np.array([sample.label for sample in samples])
-    patients = [f"{sample.task}/{sample.patient_id}" for sample in samples if sample.patient_id is not None]
-    return Evaluation(
-        task=name,
-        shots=0,
-        samples=samples,
-        unreadable=tuple(failure for result in results for failure in result.unreadable),
-        supports=((),),
-        scores=scores,
-        metrics=(image_metrics(scores[0], labels),),
-        interval=bootstrap(auroc, scores, labels, groups=patients if len(patients) == len(samples) else None),
     )

@@ -7,7 +7,7 @@ AUROC and AP are scikit-learn's.  Metrics of pixels are in `pixel_metrics`, test
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -88,16 +88,15 @@ def auroc(scores: ArrayLike, labels: ArrayLike) -> float:
     return float(np.mean((ranks - found * (found + 1) / 2) / (found * normals)))
 
 
-def pool_by_patient(
-    scores: ArrayLike, labels: ArrayLike, patient_ids: Sequence[str], how: Literal["max", "mean"] = "max"
-) -> tuple[Floats, Integers]:
-    """Turn image scores into patient scores: images of one patient are no independent evidence.
+def pool_by_patient(scores: ArrayLike, labels: ArrayLike, patient_ids: Sequence[str]) -> tuple[Floats, Integers]:
+    """Turn image scores into patient scores, the highest of each: images of one patient are no independent evidence.
+
+    That fits a lesion seen on few slices but grows with the number of slices.
 
     Args:
         scores: (N,) finite.
         labels: (N,) 0 normal, 1 anomalous.
         patient_ids: N grouping keys, none missing.
-        how: "max" fits a lesion seen on few slices but grows with the number of slices; "mean" does not.
 
     Returns:
         Scores (P,) float64 and labels (P,) int64 in the order of the sorted ids; a patient is
@@ -114,13 +113,8 @@ def pool_by_patient(
     patients, owner = number_patients(patient_ids, len(image_scores))
     pooled_labels = np.zeros(patients, np.int64)
     np.maximum.at(pooled_labels, owner, image_labels)
-    if how == "max":
-        pooled = np.full(patients, -np.inf)
-        np.maximum.at(pooled, owner, image_scores)
-    elif how == "mean":
-        pooled = np.bincount(owner, weights=image_scores) / np.bincount(owner)
-    else:
-        raise ValueError(f"pool_by_patient: how is {how!r}, expected 'max' or 'mean'.")
+    pooled = np.full(patients, -np.inf)
+    np.maximum.at(pooled, owner, image_scores)
     return pooled, pooled_labels
 
 

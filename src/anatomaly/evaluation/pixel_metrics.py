@@ -92,25 +92,6 @@ class PixelCounts:
         self.lesion_pixels += found
         self.normal_pixels += len(index)
 
-    def merge(self, other: PixelCounts) -> None:
-        """Take over what another one has counted, for instance in another process.
-
-        Args:
-            other: Stays as it is.
-        """
-        pages = np.flatnonzero(other._place >= 0)
-        theirs = _bins_of(other._place[pages])
-        index = self._index(_bins_of(pages))
-        self._normals[index] += other._normals[theirs]
-        self._lesions[index] += other._lesions[theirs]
-        self._shares[index] += other._shares[theirs]
-        noted = other._only[theirs]
-        several = noted == _SEVERAL
-        self._note(index[(noted > 0) & ~several], noted[(noted > 0) & ~several])
-        self._only[index[several]] = _SEVERAL
-        self.lesion_pixels += other.lesion_pixels
-        self.normal_pixels += other.normal_pixels
-
     def metrics(self) -> dict[str, float]:
         """The figures of `pixel_metrics` for all maps added so far, within `bounds` of them.
 

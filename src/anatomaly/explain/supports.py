@@ -52,13 +52,13 @@ def explain_supports(
         The rows of the table: of each query, its supports by falling mean weight.
 
     Raises:
-        ConfigError: The method has no support images.
+        ConfigError: The method has no support images, or the model was made so that they count nothing.
         NotReadyError: The detector has no support yet.
         OutputError: Something cannot be written; the rows so far are complete.
     """
     check_supports(detector)
     bank = detector.ready()
-    levels = len(next(iter(detector.method.teachers.values())).channels) - 1
+    levels = _weighted_levels(detector, bank)
     done: list[dict[str, Any]] = []
     number = 0
     with RowTable(out / "supports.csv", support_columns(levels)) as table:
@@ -90,8 +90,20 @@ def check_supports(detector: Detector) -> None:
         )
 
 
+def _weighted_levels(detector: Detector, bank: SupportBank) -> int:
+    """In how many levels the method says what each support counted: known from its answer to an empty image alone."""
+    blank = np.zeros((3, *bank.preprocessing.size), np.float32)
+    weights = detector.compare(detector.encode([blank]), bank).weights
+    if weights is None:
+        raise ConfigError(
+            f"explain supports: this model of {detector.facts.name} was made so that supports count nothing in its "
+            "score. Choose another model."
+        )
+    return weights.shape[1]
+
+
 def support_columns(levels: int) -> tuple[str, ...]:
-    """Head of `supports.csv` for a method of so many levels."""
+    """Head of `supports.csv` for a method that weighs its supports in so many levels."""
     weights = tuple(f"weight_level_{level + 1}" for level in range(levels))
     facts = ("path", "frame", "task", "label", "score", "support", "support_index")
     return (*facts, *weights, "mean_weight", "score_without", "change", "figure", "status", "error")
@@ -114,7 +126,7 @@ def _verdicts(
     """Map (H, W), score, weights (levels, K) and the K scores without each support, image by image."""
     encoded = detector.encode([prepared.input for prepared in readable])
     scored = detector.compare(encoded, bank)
-    assert scored.weights is not None  # every method with supports says how much they counted
+    assert scored.weights is not None  # `_weighted_levels` has seen some
     scores = np.full((bank.shots, len(readable)), math.nan, np.float32)
     for k in range(bank.shots if bank.shots > 1 else 0):
         scores[k] = detector.compare(encoded, without(bank, k)).scores.cpu().numpy()

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import errno
-import io
-import os
 import re
 from typing import TYPE_CHECKING, Any
 
 from anatomaly.data.loading import load_batches
-from anatomaly.errors import ConfigError, OutputError
-from anatomaly.files import output_error, write_whole
+from anatomaly.errors import ConfigError
+from anatomaly.files import Appender, write_whole
+from anatomaly.tables import csv_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -36,14 +33,8 @@ class RowTable:
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         self.path, self.columns, self.rows = path, tuple(columns), 0
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = io.FileIO(path, "xb")  # unbuffered: one write call per image
-        except FileExistsError as err:
-            raise OutputError(f"{path}: already exists. Choose another output folder, or remove this one.") from err
-        except OSError as err:
-            raise output_error(path, err) from err
-        self._write([columns])
+        self._file = Appender([path])
+        self._file.append(csv_bytes([columns]))
 
     def __enter__(self) -> RowTable:
         return self
@@ -53,29 +44,18 @@ class RowTable:
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write the rows of one image, all or none; NaN, None and missing cells are empty."""
-        cells = [[row.get(column) for column in self.columns] for row in rows]
-        self._write([["" if c is None or c != c else c for c in line] for line in cells])  # NaN is not itself
+        cells = csv_bytes([row.get(column) for column in self.columns] for row in rows)
+        self._file.append(cells, kept=self._kept())
         self.rows += len(rows)
 
     def figure(self, stem: str, content: bytes) -> str:
         """Write a PNG to the folder named like the table and return its path relative to the table's folder."""
         name = f"{self.path.stem}/{stem}.png"
-        write_whole(self.path.parent / name, content, kept=f"The {self.rows} rows written so far are complete.")
+        write_whole(self.path.parent / name, content, kept=self._kept())
         return name
 
-    def _write(self, lines: Sequence[Sequence[Any]]) -> None:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(lines)
-        content = text.getvalue().encode(errors="backslashreplace")  # a file name that is not valid Unicode stays
-        end = self._file.tell()
-        try:
-            if self._file.write(content) < len(content):  # a full disk takes the part that still fits
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as err:
-            self._file.seek(end)
-            self._file.truncate()
-            kept = f"The {self.rows} rows written so far are complete."
-            raise output_error(self.path, err, kept=kept) from err
+    def _kept(self) -> str:
+        return f"The {self.rows} rows written so far are complete."
 
 
 def stem_of(sample: Sample, number: int) -> str:

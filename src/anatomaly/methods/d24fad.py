@@ -55,18 +55,20 @@ class LearnToWeight(nn.Module):
         projected: Tensor = self.projections[level](support)
         return projected
 
-    def logits(self, query: Tensor, projected: Tensor) -> Tensor:
+    def logits(self, query: Tensor, projected: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
         """Similarity of each query to each support; softmax over K gives the weights.
 
         Args:
             query: (B, C, h, w).
             projected: phi(support): (K, C, h, w) shared by all queries, or (B, K, C, h, w).
+            dtype: To add up in.  The sums reach 10^5, where float32 errs by up to 0.4 in an order that depends on B;
+                the softmax makes that a quarter as much in a weight.  What scores come from is added up in float64.
 
         Returns:
-            (B, K), float32.
+            (B, K), of `dtype`.
         """
-        flat = query.flatten(1).float()  # (B, C*h*w)
-        keys = projected.flatten(-3).float()  # (K, C*h*w) or (B, K, C*h*w)
+        flat = query.flatten(1).to(dtype)  # (B, C*h*w)
+        keys = projected.flatten(-3).to(dtype)  # (K, C*h*w) or (B, K, C*h*w)
         logits = flat @ keys.T if keys.ndim == 2 else torch.einsum("bm,bkm->bk", flat, keys)
         size = query.shape[1] if self.scale == "channels" else flat.shape[1]
         scaled: Tensor = logits / size**0.5
@@ -149,7 +151,7 @@ class D24FAD(nn.Module):
                     f"D24FAD.compare: level {level + 1} of the query is {tuple(query.shape)}, the support bank holds "
                     f"{tuple(value.shape)}; C, h and w must match. Make the bank anew with this model and input size."
                 )
-            weights = self._share(query, key)
+            weights = self._share(query, key, dtype=torch.float64).float()
             reference = torch.einsum("bk,kchw->bchw", weights.to(value.dtype), value)
             comparisons.append(Comparison(query, reference, weights))
         return comparisons
@@ -179,15 +181,15 @@ class D24FAD(nn.Module):
         for level, student in enumerate(encoded):
             values = torch.stack([shot[level] for shot in shots], dim=1)  # (B, K, C, h, w)
             keys = self.l2w.project(level, values.flatten(0, 1)).reshape(values.shape)
-            weights = self._share(student, keys)
+            weights = self._share(student, keys, dtype=torch.float32)
             reference = torch.einsum("bk,bkchw->bchw", weights.to(values.dtype), values)
             ssd = ssd + distance(student, reference, self.settings.distance)
             tsd = tsd + distance(student, query["teacher"][level], self.settings.distance)
         return {"total": ssd + self.settings.tsd_weight * tsd, "ssd": ssd, "tsd": tsd}
 
-    def _share(self, query: Tensor, keys: Tensor) -> Tensor:
+    def _share(self, query: Tensor, keys: Tensor, *, dtype: torch.dtype) -> Tensor:
         """(B, K) weights of the supports, rows sum to 1."""
-        logits = self.l2w.logits(query, keys)
+        logits = self.l2w.logits(query, keys, dtype=dtype)
         return torch.softmax(logits if self.settings.learn_to_weight else torch.zeros_like(logits), dim=1)
 
 
@@ -201,7 +203,7 @@ def distance(a: Tensor, b: Tensor, kind: Distance) -> Tensor:
 
     Example:
         >>> f = torch.ones(2, 8, 4, 4)
-        >>> distance(f, -f, "flattened"), distance(f, f, "positionwise")
+        >>> distance(f, -f, "flattened"), distance(f, f, "positionwise").round(decimals=6)
         (tensor(2.), tensor(0.))
     """
     if kind == "flattened":

@@ -39,6 +39,7 @@ class PatchNearestNeighbours(nn.Module):
 
     def __init__(self, teacher: Teacher, *, settings: NearestSettings = _DEFAULT) -> None:
         super().__init__()
+        self.settings = settings
         self._teacher = [teacher]
 
     @property

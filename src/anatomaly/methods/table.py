@@ -38,6 +38,7 @@ class MethodRecord:
         one_class: It can be trained on normal images of the very task, and be judged like that.
         learns_from: "lesions": images with and without a pasted lesion beside supports of their task; "episodes": a
             normal query and K supports; "normals": normal images alone; "": nothing, it is never trained.
+        deepest_support: Its loss looks at the deepest level of the supports only; the others need not be loaded then.
         teachers: The most frozen backbones it takes, 1 or 2.
         conservative_leave_one_out: A support judged against the others scores no lower than a new normal image does.
         defaults: Settings of `fit` that go with it, as in a preset file; built-in methods have a preset of their name.
@@ -52,6 +53,7 @@ class MethodRecord:
     few_shot: bool
     one_class: bool
     learns_from: Literal["lesions", "episodes", "normals", ""]
+    deepest_support: bool = False
     teachers: Literal[1, 2] = 1
     conservative_leave_one_out: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -140,7 +142,7 @@ def _loaded(entry: EntryPoint) -> MethodRecord:
     try:
         record = entry.load()
     except Exception as err:  # whatever a foreign package does when it is imported
-        reason = f"{type(err).__name__}: {err}"
+        reason = " ".join(f"{type(err).__name__}: {err}".split())
         raise ConfigError(f"{where}: cannot be loaded ({reason}). Mend or remove its package.") from err
     if not isinstance(record, MethodRecord) or record.name != entry.name or not is_dataclass(record.settings):
         raise ConfigError(
@@ -169,6 +171,7 @@ METHODS = _Table(
         few_shot=True,
         one_class=False,
         learns_from="episodes",
+        deepest_support=True,
         release="d24fad-release",
         load_release="anatomaly.methods.d24fad:import_d24fad",
     ),

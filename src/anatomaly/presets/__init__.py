@@ -16,6 +16,8 @@ from anatomaly.methods import METHODS
 DEFAULT_PRESET = "attention"
 #: What others are compared with.
 REFERENCE_PRESET = "nearest"
+#: What the demo compares; its report is that of the first.
+DEMO_PRESETS = (DEFAULT_PRESET, "d24fad-quick", REFERENCE_PRESET)
 
 
 def preset_names() -> list[str]:

@@ -12,17 +12,18 @@ from anatomaly.data.readers import sniff_format
 from anatomaly.data.volumes import write_volume
 from anatomaly.detector.conformal import Call, needed_calls, needed_normals, rejected_up_to, threshold, unit_of
 from anatomaly.errors import ConfigError
-from anatomaly.results.page import Table, shrink, write_report
+from anatomaly.results.page import shrink, write_report
 from anatomaly.results.writer import ResultWriter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Hashable, Iterable, Sequence
     from pathlib import Path
 
     import numpy as np
     from numpy.typing import NDArray
 
     from anatomaly.detector.detector import Detector
+    from anatomaly.tables import Table
     from anatomaly.types import Calibration, Prediction, Sample
 
 _CASES = 200  # shown in the report; their pictures are kept in memory, shrunk
@@ -56,7 +57,6 @@ def predict_to_folder(
     task: str = "task",
     title: str = "Anomaly report",
     bank_images: Sequence[NDArray[np.float32]] = (),
-    metrics: Mapping[str, str] | None = None,
     tables: Sequence[Table] = (),
     maps: bool = True,
     overlays: bool = True,
@@ -77,7 +77,6 @@ def predict_to_folder(
         task: Task name of items given as files.
         title: Heading of the report.
         bank_images: The support images, each (C, H, W) in [0, 1], for the report.
-        metrics: Measured quality for the report, as label and text.
         tables: More tables for the report.
         maps: Write maps as arrays (and volumes).
         overlays: Write overlays as pictures.
@@ -123,7 +122,6 @@ def predict_to_folder(
         bank_images=bank_images,
         scale=bank.map_range,
         about=_about(detector, bank.task),
-        metrics=metrics,
         tables=tables,
         calibration=calibration,
         calls=calls,

@@ -9,9 +9,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,29 +20,13 @@ from numpy.typing import NDArray
 
 from anatomaly.detector.conformal import Call, describe
 from anatomaly.files import write_whole
-from anatomaly.results.pictures import encode_picture, overlay, render_map
+from anatomaly.results.pictures import encode_picture, overlay, render_map, thumbnail
+from anatomaly.tables import Table, escaped
 from anatomaly.types import Calibration, Prediction
 
-_THUMBNAIL = 256  # longest side in pixels
 _BARS_PER_CASE = 8
 _GROUPS = {1: "anomalous", 0: "normal", None: "no label"}
 _COLOURS = {1: "#b4531a", 0: "#4a7fa8", None: "#6b7885"}
-
-
-class Table(NamedTuple):
-    """A table to print in the report.
-
-    Attributes:
-        title: Heading.
-        columns: Column heads.
-        rows: Cells as text, one per column.
-        note: A sentence below the table, or empty.
-    """
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    note: str = ""
 
 
 class _Reference(NamedTuple):
@@ -68,7 +51,6 @@ def write_report(
     bank_images: Sequence[NDArray[Any]] = (),
     scale: tuple[float, float],
     about: Mapping[str, str] | None = None,
-    metrics: Mapping[str, str] | None = None,
     tables: Sequence[Table] = (),
     calibration: Calibration | None = None,
     calls: Sequence[Call] = (),
@@ -84,8 +66,7 @@ def write_report(
         bank_images: The support images, each (C, H, W) in [0, 1], as far as they are at hand.
         scale: (low, high) in map units, the one colour scale of the page.
         about: What the run was, such as model, data set and date, as label and text.
-        metrics: Measured quality, such as the AUROC with its interval, as label and text.
-        tables: More tables, printed after the metrics.
+        tables: Measured quality.
         calibration: Where the p-values of the predictions come from.
         calls: The rules by which images were called anomalous.
         max_cases: The highest-scored cases to show; the page says how many are left out.
@@ -104,16 +85,16 @@ def write_report(
         for k, name in enumerate(bank_names)
     ]
     body = (
-        f"{_BANNER}<header><h1>{_text(title)}</h1>{_pairs(about or {}, 'about')}</header><main>"
+        f"{_BANNER}<header><h1>{escaped(title)}</h1>{_pairs(about or {}, 'about')}</header><main>"
         f"{_overview(predictions, scored, calls)}{_calibrated(scored, calibration, calls)}"
         f"{_reading_guide(references, scale, predictions)}"
-        f"{_reference_gallery(references)}{_quality(metrics or {}, tables)}"
+        f"{_reference_gallery(references)}{_quality(tables)}"
         f"{_cases(scored, _Page(references, scale, calls), max_cases)}</main>"
         f'<footer class="banner">{_WARNING}</footer>'
     )
     style = files("anatomaly.results").joinpath("page.css").read_text(encoding="utf-8")
-    page = _PAGE.format(title=_text(title), style=style, script=_SCRIPT, hash=_SCRIPT_HASH, body=body)
-    write_whole(path, page.encode())
+    page = _PAGE.format(title=escaped(title), style=style, script=_SCRIPT, hash=_SCRIPT_HASH, body=body)
+    write_whole(path, page)
     return path
 
 
@@ -123,19 +104,14 @@ def shrink(prediction: Prediction) -> Prediction:
         return prediction
     return replace(
         prediction,
-        image=_resized(prediction.image, prediction.spacing),
-        anomaly_map=_resized(prediction.anomaly_map[None], prediction.spacing)[0],
+        image=thumbnail(prediction.image, prediction.spacing),
+        anomaly_map=thumbnail(prediction.anomaly_map[None], prediction.spacing)[0],
         spacing=None,
     )
 
 
 def _is_scored(prediction: Prediction) -> bool:
     return prediction.error is None and math.isfinite(prediction.score)
-
-
-def _text(value: object) -> str:
-    """Escaped for HTML; a file name that is not valid Unicode stays readable."""
-    return escape(str(value).encode(errors="backslashreplace").decode())
 
 
 def _number(value: float) -> str:
@@ -148,18 +124,8 @@ def _count(number: int, noun: str) -> str:
 
 def _pairs(pairs: Mapping[str, str], kind: str) -> str:
     """A mapping as a definition list, or nothing."""
-    items = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in pairs.items())
+    items = "".join(f"<div><dt>{escaped(name)}</dt><dd>{escaped(value)}</dd></div>" for name, value in pairs.items())
     return f'<dl class="{kind}">{items}</dl>' if items else ""
-
-
-def _table(table: Table) -> str:
-    head = "".join(f'<th scope="col">{_text(column)}</th>' for column in table.columns)
-    rows = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
-    note = f'<p class="note">{_text(table.note)}</p>' if table.note else ""
-    return (
-        f'<div class="scroll"><table><caption>{_text(table.title)}</caption><thead><tr>{head}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>{note}"
-    )
 
 
 def _overview(predictions: Sequence[Prediction], scored: Sequence[Prediction], calls: Sequence[Call]) -> str:
@@ -171,7 +137,7 @@ def _overview(predictions: Sequence[Prediction], scored: Sequence[Prediction], c
         facts |= {f"known to be {_GROUPS[k]}": str(sum(p.sample.label == k for p in scored)) for k in (0, 1)}
     return (
         f"<section><h2>Overview</h2>{_pairs(facts, 'facts')}{_histogram(scored, labels, calls)}"
-        f"{_table(_scores_by_label(scored, labels)) if labelled else ''}{_failures(failed)}</section>"
+        f"{_scores_by_label(scored, labels).html() if labelled else ''}{_failures(failed)}</section>"
     )
 
 
@@ -189,7 +155,7 @@ def _failures(failed: Sequence[Prediction]) -> str:
         return ""
     reasons = [p.error or f"{p.sample.name}: the score is not a finite number." for p in failed]
     items = "".join(
-        f"<li>{'' if p.sample.path.name in reason else f'<b>{_text(p.sample.name)}</b> '}{_text(reason)}</li>"
+        f"<li>{'' if p.sample.path.name in reason else f'<b>{escaped(p.sample.name)}</b> '}{escaped(reason)}</li>"
         for p, reason in zip(failed, reasons, strict=True)
     )
     heading = f"{_count(len(failed), 'image')} could not be scored"
@@ -225,7 +191,7 @@ def _histogram(scored: Sequence[Prediction], labels: Sequence[int | None], calls
             x = width * (call.score - scores.min()) / (np.ptp(scores) or 1.0)
             bars.append(
                 f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{height}" stroke="#a8201a" stroke-dasharray="5 4">'
-                f"<title>{_text(call.name)}: above {_number(call.score)}</title></line>"
+                f"<title>{escaped(call.name)}: above {_number(call.score)}</title></line>"
             )
     legend = "".join(f'<span style="--c:{_COLOURS[k]}">{_GROUPS[k]}</span>' for k in labels if labels != [None])
     lowest, highest, fullest = _number(scores.min()), _number(scores.max()), _count(tallest, "image")
@@ -255,8 +221,8 @@ def _calibrated(scored: Sequence[Prediction], calibration: Calibration | None, c
         f"{calibration.unit}s like those calibrated on, about 2 would score as high as this one or higher. It is not "
         f"the chance that the image is normal, and a high p-value does not rule out disease.{pooled}"
         f"{vague if calibration.guarantee == 'approximate' else ''}</p>"
-        f"<p>Calibrated on {_text(describe(calibration))} They hold for images from the same source: another scanner, "
-        f"protocol or age group needs its own calibration.</p>{_pairs(rules, 'about')}</section>"
+        f"<p>Calibrated on {escaped(describe(calibration))} They hold for images from the same source: another "
+        f"scanner, protocol or age group needs its own calibration.</p>{_pairs(rules, 'about')}</section>"
     )
 
 
@@ -296,20 +262,16 @@ def _reference_gallery(references: Sequence[_Reference]) -> str:
         return ""
     pictures = [_image(r.picture, f"Reference image {r.name}") if r.picture else "" for r in references]
     items = "".join(
-        f"<figure>{picture}<figcaption>{_text(r.name)}</figcaption></figure>"
+        f"<figure>{picture}<figcaption>{escaped(r.name)}</figcaption></figure>"
         for picture, r in zip(pictures, references, strict=True)
     )
     heading = "Normal reference image" + "s" * (len(references) > 1)
     return f'<section><h2>{heading}</h2><div class="gallery">{items}</div></section>'
 
 
-def _quality(metrics: Mapping[str, str], tables: Sequence[Table]) -> str:
-    if not metrics and not tables:
-        return ""
-    return (
-        f"<section><h2>Measured quality</h2>{_pairs(metrics, 'facts')}"
-        f"{''.join(_table(table) for table in tables)}</section>"
-    )
+def _quality(tables: Sequence[Table]) -> str:
+    shown = "".join(table.html() for table in tables)
+    return f"<section><h2>Measured quality</h2>{shown}</section>" if shown else ""
 
 
 def _cases(scored: Sequence[Prediction], page: _Page, max_cases: int) -> str:
@@ -328,14 +290,14 @@ def _case(prediction: Prediction, rank: int, total: int, page: _Page) -> str:
     badge = f'<span class="badge" style="--c:{_COLOURS[sample.label]}">known to be {label}</span>'
     badge = badge if sample.label is not None else ""
     called = [call.name for call in page.calls if _is_called(prediction, call)]
-    badge += "".join(f' <span class="call">called at {_text(name)}</span>' for name in called)
-    badge += f' <span class="remark">{_text(prediction.note)}</span>' if prediction.note is not None else ""
+    badge += "".join(f' <span class="call">called at {escaped(name)}</span>' for name in called)
+    badge += f' <span class="remark">{escaped(prediction.note)}</span>' if prediction.note is not None else ""
     p_value = "" if prediction.p_value is None else f" p <b>{prediction.p_value:.3g}</b>"
     place = sample.task if sample.frame is None else f"{sample.task}, frame {sample.frame}"
     return (
-        f'<article data-name="{_text(sample.path)}" data-label="{label}"><header>'
+        f'<article data-name="{escaped(sample.path)}" data-label="{label}"><header>'
         f'<span class="rank" title="rank {rank} of {total}">{rank}</span>'
-        f'<div class="name"><h3>{_text(sample.name)}</h3><p>{_text(place)} {badge}</p></div>'
+        f'<div class="name"><h3>{escaped(sample.name)}</h3><p>{escaped(place)} {badge}</p></div>'
         f'<p class="score">score <b>{_number(prediction.score)}</b>{p_value}</p></header>'
         f'<div class="views">{_views(prediction, page.scale)}{_weights(prediction, page.references)}</div></article>'
     )
@@ -343,8 +305,8 @@ def _case(prediction: Prediction, rank: int, total: int, page: _Page) -> str:
 
 def _views(prediction: Prediction, scale: tuple[float, float]) -> str:
     name, image, anomaly_map = prediction.sample.name, prediction.image, prediction.anomaly_map
-    small_image = None if image is None else _resized(image, prediction.spacing)
-    small_map = None if anomaly_map is None else _resized(anomaly_map[None], prediction.spacing)[0]
+    small_image = None if image is None else thumbnail(image, prediction.spacing)
+    small_map = None if anomaly_map is None else thumbnail(anomaly_map[None], prediction.spacing)[0]
     pictures = {"Image": "", "Overlay": "", "Map": ""}
     if small_image is not None:
         pictures["Image"] = _picture_uri(_grey_or_rgb(small_image, prediction.spacing))
@@ -375,11 +337,11 @@ def _weights(prediction: Prediction, references: Sequence[_Reference]) -> str:
     padded = [*references, *(_Reference(f"reference {k + 1}", "") for k in range(len(references), len(shares)))]
     order = np.argsort(-shares, kind="stable")
     top = padded[int(order[0])]
-    verdict = f"Counted most: <b>{_text(top.name)}</b>"
+    verdict = f"Counted most: <b>{escaped(top.name)}</b>"
     if len(shares) > 1 and shares.max() < 1.1 * shares.mean():
         verdict = "All references counted about equally."
     rows = "".join(
-        f'<li><span class="who">{_text(padded[k].name)}</span>'
+        f'<li><span class="who">{escaped(padded[k].name)}</span>'
         f'<span class="bar"><i style="width:{shares[k]:.0%}"></i></span>'
         f'<span class="share">{shares[k]:.0%}</span></li>'
         for k in order[:_BARS_PER_CASE]
@@ -390,7 +352,7 @@ def _weights(prediction: Prediction, references: Sequence[_Reference]) -> str:
 
 
 def _image(uri: str, alt: str) -> str:
-    return f'<img src="{uri}" alt="{_text(alt)}">' if uri else '<span class="absent">not kept</span>'
+    return f'<img src="{uri}" alt="{escaped(alt)}">' if uri else '<span class="absent">not kept</span>'
 
 
 def _picture_uri(pixels: NDArray[np.uint8], *, kind: str = "JPEG") -> str:
@@ -399,21 +361,9 @@ def _picture_uri(pixels: NDArray[np.uint8], *, kind: str = "JPEG") -> str:
 
 def _grey_or_rgb(image: NDArray[Any], spacing: tuple[float, float] | None) -> NDArray[np.uint8]:
     """(C, H, W) in [0, 1] as (h, w, 3) thumbnail."""
-    small = np.clip(np.nan_to_num(_resized(image, spacing)), 0.0, 1.0)
+    small = np.clip(np.nan_to_num(thumbnail(image, spacing)), 0.0, 1.0)
     pixels: NDArray[np.uint8] = np.rint(np.broadcast_to(small, (3, *small.shape[1:])) * 255).astype(np.uint8)
     return np.ascontiguousarray(pixels.transpose(1, 2, 0))
-
-
-def _resized(image: NDArray[Any], spacing: tuple[float, float] | None) -> NDArray[np.float32]:
-    """(C, H, W) with its longest side at most a thumbnail's, and square pixels where the spacing is known."""
-    from PIL import Image
-
-    sizes = np.array(image.shape[1:]) * np.array(spacing or (1.0, 1.0))
-    sizes *= min(_THUMBNAIL, max(image.shape[1:])) / sizes.max()
-    height, width = (max(1, round(float(size))) for size in sizes)
-    channels: Iterable[Any] = (np.ascontiguousarray(channel, dtype=np.float32) for channel in image)
-    resized = [Image.fromarray(each).resize((width, height), Image.Resampling.BILINEAR) for each in channels]
-    return np.stack([np.asarray(each, dtype=np.float32) for each in resized])
 
 
 _WARNING = "<b>Not for clinical use.</b> Research only: do not use for diagnosis or treatment decisions."

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ _STEPS = np.arange(256) / 255 * (len(_ANCHORS) - 1)
 _CHANNELS = [np.interp(_STEPS, range(len(_ANCHORS)), channel) for channel in zip(*_ANCHORS, strict=True)]
 _COLOURS = np.rint(np.stack(_CHANNELS, axis=1)).astype(np.uint8)  # (256, 3)
 _NO_VALUE = np.uint8(128)
+_THUMBNAIL = 256  # longest side in pixels
 _OVERLAY_STRENGTH = 0.75  # below 1, so that anatomy shows through the brightest spot
 
 
@@ -101,3 +103,15 @@ def encode_picture(pixels: NDArray[np.uint8], *, kind: str) -> bytes:
     settings: dict[str, int] = {"quality": 88, "subsampling": 0} if kind == "JPEG" else {}
     Image.fromarray(pixels).save(buffer, kind, **settings)
     return buffer.getvalue()
+
+
+def thumbnail(image: NDArray[Any], spacing: tuple[float, float] | None) -> NDArray[np.float32]:
+    """(C, H, W) with its longest side at most 256 pixels, and square pixels where the spacing is known."""
+    from PIL import Image
+
+    sizes = np.array(image.shape[1:]) * np.array(spacing or (1.0, 1.0))
+    sizes *= min(_THUMBNAIL, max(image.shape[1:])) / sizes.max()
+    height, width = (max(1, round(float(size))) for size in sizes)
+    channels: Iterable[Any] = (np.ascontiguousarray(channel, dtype=np.float32) for channel in image)
+    resized = [Image.fromarray(each).resize((width, height), Image.Resampling.BILINEAR) for each in channels]
+    return np.stack([np.asarray(each, dtype=np.float32) for each in resized])

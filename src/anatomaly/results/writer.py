@@ -7,31 +7,26 @@ write never leaves half a row.
 
 from __future__ import annotations
 
-import csv
-import errno
 import hashlib
 import io
 import itertools
 import json
 import math
-import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from anatomaly.errors import ManifestError, OutputError
-from anatomaly.files import output_error, write_whole
+from anatomaly.files import Appender, output_error, write_whole
 from anatomaly.results.pictures import checked_scale, encode_picture, overlay
+from anatomaly.tables import csv_bytes
 from anatomaly.types import Prediction, Sample
 
 #: Columns of `scores.csv` that every run has; `weight_0` ... `weight_<K-1>` follow where there is a support bank.
 COLUMNS = ("path", "frame", "task", "label", "score", "status", "error", "seconds", "map", "overlay", "p_value", "note")
-_LATER_COLUMNS = {"p_value", "note"}  # tables of older runs have none
 
 
 class ResultWriter:
@@ -82,25 +77,14 @@ class ResultWriter:
         except OSError as err:
             raise output_error(Path(err.filename), err) from err
         # JSONL first: it is the fuller record, should the machine die between the two.
-        self._tables = [self._new_table(self.out / name) for name in ("scores.jsonl", "scores.csv")]
-        self._append(b"", _csv_line(self._columns))
-
-    def _new_table(self, path: Path) -> io.FileIO:
-        try:
-            return io.FileIO(path, "xb")  # unbuffered: one write call per row
-        except FileExistsError as err:
-            raise OutputError(f"{path}: already exists. Choose another output folder, or remove this one.") from err
-        except OSError as err:
-            raise output_error(path, err) from err
+        self._tables = Appender([self.out / "scores.jsonl", self.out / "scores.csv"])
+        self._tables.append(b"", csv_bytes([self._columns]))
 
     def __enter__(self) -> ResultWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for table in self._tables:
-            table.close()
+    def __exit__(self, *_: object) -> None:
+        self._tables.close()
 
     def write(self, prediction: Prediction) -> None:
         """Write the map, the overlay and then the row of one image; when this returns, all of it is on disk.
@@ -129,7 +113,8 @@ class ResultWriter:
             "support": self._support_names,
             "support_weights": None if weights is None else _json_numbers(weights),
         }
-        self._append((json.dumps(full) + "\n").encode(), _csv_line([flat[column] for column in self._columns]))
+        lines = ((json.dumps(full) + "\n").encode(), csv_bytes([[flat[column] for column in self._columns]]))
+        self._tables.append(*lines, kept=self._kept())
         self.rows += 1
 
     def _write_pictures(self, prediction: Prediction) -> tuple[str | None, str | None]:
@@ -163,19 +148,6 @@ class ResultWriter:
         self._stems.add(stem.casefold())
         return stem
 
-    def _append(self, *lines: bytes) -> None:
-        """Append one line to each table, or to none of them."""
-        ends = [table.tell() for table in self._tables]
-        try:
-            for table, line in zip(self._tables, lines, strict=True):
-                if table.write(line) < len(line):  # a full disk takes the part of the row that still fits
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as err:
-            for each, end in zip(self._tables, ends, strict=True):
-                each.seek(end)
-                each.truncate()
-            raise output_error(self.out / "scores.csv", err, kept=self._kept()) from err
-
     def _kept(self) -> str:
         return f"The {self.rows} rows written so far are complete."
 
@@ -201,52 +173,7 @@ def _json_numbers(values: NDArray[Any]) -> list[list[float | None]]:
     return [[value if math.isfinite(value) else None for value in row] for row in values.tolist()]
 
 
-def _csv_line(values: Iterable[Any]) -> bytes:
-    line = io.StringIO()
-    csv.writer(line, lineterminator="\n").writerow(["" if value is None else value for value in values])
-    return line.getvalue().encode(errors="backslashreplace")  # a file name that is not valid Unicode stays visible
-
-
 def _plain_name(name: str) -> str:
     """`name` without characters that need quoting, at most 100 bytes, never empty or hidden."""
     plain = re.sub(r"[^\w.-]+", "_", name).strip(".")
     return plain.encode()[:100].decode(errors="ignore") or "image"
-
-
-def read_scores(path: Path) -> list[dict[str, str | int | float | None]]:
-    """Read `scores.csv` back.
-
-    Args:
-        path: The table a `ResultWriter` wrote.
-
-    Returns:
-        One dict per row in file order: frame and label int, score, p_value, seconds and weights float, the others str;
-        None where the table is empty.  Tables of older runs lack p_value and note.
-
-    Raises:
-        ManifestError: The table is missing, lacks a column, or a row is incomplete.
-    """
-    advice = "Give the scores.csv of a run."
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            header, *lines = [line for line in csv.reader(file) if line] or [[]]
-    except (OSError, ValueError, csv.Error) as err:
-        raise ManifestError(f"{path}: cannot be read as a table of scores ({err}). {advice}") from err
-    missing = [column for column in COLUMNS if column not in header and column not in _LATER_COLUMNS]
-    if missing:
-        raise ManifestError(f"{path}: has no column {missing[0]!r}. {advice}")
-    rows: list[dict[str, str | int | float | None]] = []
-    try:
-        for line in lines:
-            rows.append({column: _cell(column, text) for column, text in zip(header, line, strict=True)})  # noqa: PERF401
-    except ValueError as err:
-        raise ManifestError(f"{path}: row {len(rows) + 1} is incomplete or damaged. Remove or repair it.") from err
-    return rows
-
-
-def _cell(column: str, text: str) -> str | int | float | None:
-    if text == "":
-        return None
-    if column in ("frame", "label"):
-        return int(text)
-    return float(text) if column in ("score", "p_value", "seconds") or column.startswith("weight_") else text

@@ -97,16 +97,19 @@ class Episodes(Dataset[Batch]):
     """Turn a batch of drawn indices into tensors in one go.
 
     Args:
+        support_levels: Levels that the loss wants of the supports; it gets all of the query.
         fetch: Tensors of the images with the given indices: an index tensor of any shape and the levels wanted in,
             tensors that start with that shape out, by name and level.
     """
 
-    def __init__(self, fetch: Callable[[torch.Tensor, slice], Features]) -> None:
-        self.fetch = fetch
+    def __init__(
+        self, fetch: Callable[[torch.Tensor, slice], Features], *, support_levels: slice = slice(None)
+    ) -> None:
+        self.fetch, self.support_levels = fetch, support_levels
 
     def __getitems__(self, episodes: list[tuple[int, ...]]) -> Batch:
         index = torch.tensor(episodes)  # (B, 1 + K)
-        support = self.fetch(index[:, 1:], slice(-1, None)) if index.shape[1] > 1 else {}
+        support = self.fetch(index[:, 1:], self.support_levels) if index.shape[1] > 1 else {}
         return Batch(self.fetch(index[:, 0], slice(None)), support)
 
 

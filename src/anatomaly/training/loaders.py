@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from anatomaly.config import TrainingConfig
+    from anatomaly.methods import MethodRecord
     from anatomaly.types import Features, Intensity, Method, Sample
 
 
@@ -71,16 +72,17 @@ class Preparation(NamedTuple):
 
 
 def training_loader(
-    method: Method, rows: Sequence[Sample], prepare: Preparation, settings: TrainingConfig, *, learns_from: str
+    method: Method, rows: Sequence[Sample], prepare: Preparation, settings: TrainingConfig, *, record: MethodRecord
 ) -> DataLoader[Batch]:
-    """Batches of training rows, drawn as the method learns from them (`methods.MethodRecord.learns_from`)."""
+    """Batches of training rows, drawn as the method learns from them (`MethodRecord.learns_from`)."""
     fetch = _source(method, rows, prepare, settings)
-    if learns_from == "lesions":
+    if record.learns_from == "lesions":
         return _lesion_loader(method, rows, fetch, prepare, settings)
     tasks = [sample.task for sample in rows]
-    shots = 0 if learns_from == "normals" else settings.shots
+    shots = 0 if record.learns_from == "normals" else settings.shots
     sampler = EpisodeSampler(tasks, shots=shots, resample=settings.resample, seed=settings.seed)
-    return DataLoader(Episodes(fetch), batch_size=settings.batch_size, sampler=sampler, collate_fn=as_is)
+    episodes = Episodes(fetch, support_levels=slice(-1, None) if record.deepest_support else slice(None))
+    return DataLoader(episodes, batch_size=settings.batch_size, sampler=sampler, collate_fn=as_is)
 
 
 def _lesion_loader(

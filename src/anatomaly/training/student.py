@@ -134,7 +134,7 @@ def train_student(
     """Run Lightning's loop, load the best weights into the method and return the best epoch and its figure."""
     settings = config.training
     rows = sorted(train.samples, key=lambda sample: sample.task)  # read task by task; sorting is stable
-    loader = training_loader(method, rows, prepare, settings, learns_from=METHODS[config.method.name].learns_from)
+    loader = training_loader(method, rows, prepare, settings, record=METHODS[config.method.name])
     validate = Validation(method, train, held_out, prepare, config)
     module = StudentTraining(method, validate, folder, config)
     callbacks: list[Callback] = [ModelCheckpoint(folder, filename="last", enable_version_counter=False)]

@@ -528,6 +528,27 @@ def test_a_new_process_loads_the_compiled_kernel(tmp_path):
     assert files[0] == files[1]
 
 
+NO_FOLDER = """
+import logging
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+from numba.core import caching
+
+for one in vars(caching).values():
+    if hasattr(one, "_locator_classes"):
+        one._locator_classes = []  # as where neither the package nor the home folder can be written
+from anatomaly.backbones import _scan_numba
+
+print(_scan_numba._scan_image.stats.cache_path)
+"""
+
+
+def test_without_any_folder_for_compiled_kernels_there_is_no_cache_and_no_error():
+    done = subprocess.run([sys.executable, "-c", NO_FOLDER], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "None\n"
+    assert done.stderr.count("compiled at every start") == 1
+
+
 @pytest.fixture(scope="module")
 def polynomials():
     """_exp2 and _softplus over an array, compiled as in the kernel."""

@@ -1,4 +1,4 @@
-"""The selective scan on a CPU, compiled by numba on first use and cached on disk; no compiler is needed.
+"""The selective scan on a CPU, compiled by numba on first use, cached on disk if it can be; no compiler is needed.
 
 A task is one image and one block of `LANES` channels; it walks the sequence in tiles of `TILE` positions.  A tile holds
 channels side by side, so one vector instruction updates one state of 8 or 16 channels: no sums across lanes, and B and
@@ -11,6 +11,7 @@ when several threads of a service score at once.
 
 from __future__ import annotations
 
+import logging
 from itertools import product
 from threading import Thread
 from typing import TYPE_CHECKING
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float32]
 
+logger = logging.getLogger(__name__)
+
 LANES = 64
 TILE = 32
 
@@ -36,7 +39,19 @@ _LOG2E = _f(1.4426950408889634)
 _ROUND = _f(1.5 * 2**23)  # added to a float32 below 2^22, it leaves the nearest integer in the low bits
 # "contract" allows fused multiply-adds; nothing may be reassociated, or adding and taking off _ROUND would cancel.
 _FASTMATH = {"contract", "nsz"}
-_kernel = njit(nogil=True, cache=True, error_model="numpy", fastmath=_FASTMATH)
+
+
+def _can_cache() -> bool:
+    """Whether numba finds a folder for what it compiles: beside this file, in the home folder, or NUMBA_CACHE_DIR."""
+    try:
+        njit(cache=True)(_can_cache)
+    except RuntimeError:  # numba looks for the folder when it decorates a function
+        logger.info("selective_scan: no folder for compiled kernels can be written, they are compiled at every start.")
+        return False
+    return True
+
+
+_kernel = njit(nogil=True, cache=_can_cache(), error_model="numpy", fastmath=_FASTMATH)
 _inline = njit(inline="always", error_model="numpy", fastmath=_FASTMATH)
 
 

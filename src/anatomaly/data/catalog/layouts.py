@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from anatomaly.data import layouts
+from anatomaly.data.listing import list_files, subfolders
 from anatomaly.errors import ManifestError
 from anatomaly.types import Sample, Split
 
@@ -115,7 +116,7 @@ def find_root(source: Path, choices: Sequence[Layout]) -> tuple[Path, Layout] | 
             raise ManifestError(f"{source}: several folders in it fit, {names}. Name one of them as the source.")
         if fitting:
             return fitting[0]
-        below = [layouts.subfolders(folder) for folder in level]
+        below = [subfolders(folder) for folder in level]
         level = [folder for folders in below if len(folders) <= _MANY for folder in folders]
     return None
 
@@ -168,7 +169,7 @@ def read_class_folders(
                 Item(
                     path, _key(name, path.relative_to(folder)), task, label, split, patient_of and patient_of(path.stem)
                 )
-                for path in layouts.list_images(folder)
+                for path in list_files(folder).images
             ]
     return Found(tuple(items), len(items))
 
@@ -214,7 +215,7 @@ def read_table(
         if listed.setdefault(name, labels[word]) != labels[word]:
             raise ManifestError(f"{path}: row {number}: an image is both normal and anomalous. Download it again.")
     image_folder = child(root, folder) or root / folder
-    images = {_number(image.stem): image for image in layouts.list_images(image_folder)}
+    images = {_number(image.stem): image for image in list_files(image_folder).images}
     items = tuple(
         Item(
             images.get(name, image_folder / file.format(name)),
@@ -332,7 +333,7 @@ def read_bmad_folders(
     samples: list[Sample] = []
     for name, task in folders.items():
         folder = root if name == "." else child(root, name)
-        samples += [] if folder is None else layouts.read_bmad(folder, task)
+        samples += [] if folder is None else layouts.read_bmad(folder, task).samples
     return _found(samples, root, patients)
 
 

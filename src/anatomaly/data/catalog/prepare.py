@@ -185,7 +185,7 @@ def _first(names: Iterable[str], data_set: DataSet, count: int) -> list[str]:
     """The first names in an order that only the names decide."""
 
     def rank(name: str) -> tuple[str, str]:
-        return hashlib.sha256(f"{data_set.name}\n{name}".encode()).hexdigest(), name
+        return hashlib.sha256(f"{data_set.name}\n{name}".encode(errors="surrogateescape")).hexdigest(), name
 
     return sorted(names, key=rank)[:count]
 
