@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from anatomaly._version import __version__
 from anatomaly.commands import audit, benchmark, calibrate, data, demo, evaluate, explain, export, fit, predict, release
 from anatomaly.commands.console import fail, instantiated, never_fail_to_print
-from anatomaly.data.decoding import MAX_DECODED_GIB, limit_decoded
 from anatomaly.errors import AnatomalyError, ConfigError
 
 if TYPE_CHECKING:
@@ -85,6 +84,8 @@ def _parse(name: str, words: Sequence[str]) -> Namespace:
     """Read a command's options from flags and YAML, with one line for whatever is wrong."""
     import yaml
     from jsonargparse import ArgumentError, ArgumentParser, set_loader
+
+    from anatomaly.data.decoding import MAX_DECODED_GIB, limit_decoded
 
     set_loader("yaml", _load_yaml, (yaml.YAMLError,))
     command = COMMANDS[name]
