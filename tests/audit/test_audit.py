@@ -479,6 +479,16 @@ def test_our_own_predict_and_evaluate_output_is_read(scans, make_detector, tmp_p
     np.testing.assert_allclose(runs.draws[0].across, expected.across, rtol=1e-4)
     assert "blurred already" in runs.notes[0]
     assert set(COLUMNS) <= set((tmp_path / "predicted/scores.csv").read_text().splitlines()[0].split(","))
+    table = tmp_path / "predicted/scores.csv"
+    with table.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    with table.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [column for column in rows[0] if column != "map_volume"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    older = run_files(tmp_path / "predicted", scans, task=TASK)  # a table from before that column
+    assert older.notes == runs.notes
+    np.testing.assert_array_equal(older.draws[0].alone, runs.draws[0].alone)
 
 
 def test_a_model_is_no_table(tmp_path):

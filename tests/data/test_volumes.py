@@ -65,7 +65,8 @@ def test_a_marked_voxel_comes_back_at_its_index(tmp_path, name):
     write_volume(hits, source, tmp_path / "out.nii.gz")  # the other slices have no map
     written = nibabel.load(tmp_path / "out.nii.gz").get_fdata()
     assert written[2, 7, 4] == 500
-    assert np.count_nonzero(written) == 1
+    assert np.count_nonzero(np.nan_to_num(written)) == 1
+    assert np.isfinite(written).sum() == next(iter(hits.values())).size  # a slice that was not judged is not a zero
 
 
 def test_header_keeps_geometry_and_drops_the_rest(tmp_path):
@@ -83,7 +84,40 @@ def test_header_keeps_geometry_and_drops_the_rest(tmp_path):
     assert len(before.header.extensions) == 1
     assert len(after.header.extensions) == 0
     assert b"Secret" not in (tmp_path / "out.nii").read_bytes()
-    assert not after.get_fdata().any()
+    assert np.isnan(after.get_fdata()).all()
+
+
+@pytest.mark.parametrize("name", AFFINES)
+@pytest.mark.parametrize("rows", [None, 5])
+def test_a_large_volume_is_written_in_blocks(tmp_path, monkeypatch, name, rows):
+    whole, blocks = tmp_path / "whole.nii.gz", tmp_path / "blocks.nii.gz"
+    source = save(tmp_path / "in.nii.gz", RNG.normal(size=SHAPE).astype(np.float32), AFFINES[name])
+    maps = {k: read_image(source, frame=k).pixels[0] for k in range(count_frames(source))}
+    kept = dict(list(maps.items())[1:rows])
+    write_volume(kept, source, whole)
+    monkeypatch.setattr("anatomaly.data.volumes._BLOCK", 4 * 9 * 12 * 3)  # three planes of ten
+    write_volume(kept, source, blocks)
+    assert np.isnan(nibabel.load(whole).get_fdata()).any()
+    assert whole.read_bytes() == blocks.read_bytes()
+
+
+def test_the_scaling_and_byte_order_of_the_source_do_not_change_the_maps(tmp_path):
+    header = nibabel.Nifti1Header(endianness=">")
+    header.set_data_dtype(np.int16)
+    header.set_slope_inter(2.0, -7.0)
+    nibabel.save(nibabel.Nifti1Image(np.ones(SHAPE), AFFINES["LPS"], header), tmp_path / "in.nii")
+    maps = {k: np.full((12, 9), k + 0.5, np.float32) for k in range(10)}
+    write_volume(maps, tmp_path / "in.nii", tmp_path / "out.nii")
+    written = nibabel.load(tmp_path / "out.nii").get_fdata()
+    np.testing.assert_array_equal(written[4, 4], np.arange(10) + 0.5)
+
+
+def test_a_volume_that_cannot_be_written_leaves_nothing(tmp_path):
+    source = save(tmp_path / "in.nii.gz", np.zeros(SHAPE, np.int16), AFFINES["RAS"])
+    for maps, error in (({0: np.zeros((9, 12), np.float32)}, ShapeError), ({10: np.zeros((12, 9))}, ShapeError)):
+        with pytest.raises(error):
+            write_volume(maps, source, tmp_path / "out.nii.gz")
+    assert [file.name for file in tmp_path.iterdir()] == ["in.nii.gz"]
 
 
 def test_maps_that_do_not_fit(tmp_path):

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from scores import read_scores
 
+import anatomaly.data.volumes
 import anatomaly.results.folder
 from anatomaly.errors import NotReadyError, OutputError
 from anatomaly.results.folder import predict_to_folder
 from anatomaly.tables import Table
+from anatomaly.types import Prediction, Sample
 
 
 @pytest.fixture(scope="module")
@@ -214,15 +216,216 @@ def test_a_full_disk_at_the_report_leaves_all_rows(detector, tests, tmp_path, mo
 
 
 def test_a_volume_that_does_not_fit_is_an_output_error_and_leaves_no_half_of_it(volume, tmp_path, monkeypatch):
-    nibabel = pytest.importorskip("nibabel")
     file, detector, _ = volume
 
-    def save(image, out):
-        Path(out).write_bytes(b"half a volume")
+    def blocks(*_):
+        yield np.zeros((24, 20, 1), np.float32)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(nibabel, "save", save)
-    with pytest.raises(OutputError, match=r"scan_map\.nii\.gz"):
+    monkeypatch.setattr(anatomaly.data.volumes, "_blocks", blocks)
+    with pytest.raises(OutputError, match=r"scan_map\.nii\.gz: cannot be written: no space left.*Free some space"):
         predict_to_folder(detector, [file], tmp_path / "out")
     assert len(read_scores(tmp_path / "out" / "scores.csv")) == 4
-    assert not list((tmp_path / "out").rglob("*.nii.gz"))
+    assert not list((tmp_path / "out").rglob("*.nii.gz*"))
+
+
+def two_volumes(folder, voxels):
+    """Two NIfTI files of 4 slices under one name, in two folders."""
+    nibabel = pytest.importorskip("nibabel")
+    files = [folder / f"sub-{n}" / "T1w.nii.gz" for n in (1, 2)]
+    for n, file in enumerate(files, 1):
+        file.parent.mkdir(parents=True)
+        nibabel.save(nibabel.Nifti1Image(voxels[..., ::-1] if n == 2 else voxels, np.diag([-2.0, 3.0, 4.0, 1.0])), file)
+    return files
+
+
+@pytest.mark.parametrize("frames", [(0, 1, 2, 3), (3, 1)])
+def test_rows_of_two_volumes_in_turn_give_one_whole_volume_each(volume, tmp_path, frames):
+    nibabel = pytest.importorskip("nibabel")
+    file, detector, _ = volume
+    files = two_volumes(tmp_path, nibabel.load(file).get_fdata(dtype=np.float32))
+    rows = [Sample(each, "head_ct", frame=frame) for frame in frames for each in files]
+    out = tmp_path / "out"
+    summary = predict_to_folder(detector, rows, out, overlays=False, batch_size=3)
+
+    table = read_scores(out / "scores.csv")
+    lines = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
+    assert [row["map_volume"] for row in table] == [line["map_volume"] for line in lines]
+    volumes = {row["path"]: row["map_volume"] for row in table}
+    assert volumes == {str(files[0]): "maps/T1w_map.nii.gz", str(files[1]): "maps/T1w_map_2.nii.gz"}
+    assert sorted(path.name for path in (out / "maps").glob("*.nii.gz")) == ["T1w_map.nii.gz", "T1w_map_2.nii.gz"]
+    for row in table:
+        slices = nibabel.as_closest_canonical(nibabel.load(out / row["map_volume"])).get_fdata()
+        np.testing.assert_allclose(slices[:, ::-1, row["frame"]].T, np.load(out / row["map"]), atol=1e-6)
+        judged = np.isfinite(slices).all(axis=(0, 1))
+        assert [k for k in range(4) if judged[k]] == sorted(frames)
+        assert np.isnan(slices[..., ~judged]).all()
+    said = "2 of 2 map volumes: 4 slices were not judged and have no value there (NaN)."
+    assert summary.remarks == ((said,) if len(frames) < 4 else ())
+
+
+def test_a_volume_is_written_as_soon_as_its_slices_are_there_and_takes_no_row_twice(volume, tests, tmp_path):
+    file, detector, _ = volume
+    seen = []
+    rows = [Sample(file, "head_ct", frame=frame) for frame in (0, 0, 1, 2, 3)]
+    rows += [tests[0], Sample(file, "head_ct", frame=2)]
+    out = tmp_path / "out"
+    predict_to_folder(detector, rows, out, on_progress=lambda _: seen.append((out / "maps/scan_map.nii.gz").exists()))
+    assert seen == [False] * 4 + [True] * 3
+    named = [row["map_volume"] for row in read_scores(out / "scores.csv")]
+    assert named == ["maps/scan_map.nii.gz"] * 5 + [None, "maps/scan_map.nii.gz"]
+    assert len(list((out / "maps").glob("*.nii.gz"))) == 1
+
+
+def test_two_paths_to_one_file_are_one_source(volume, tmp_path):
+    file, detector, _ = volume
+    (tmp_path / "link.nii.gz").symlink_to(file)
+    rows = [Sample(tmp_path / name, "head_ct", frame=n) for n, name in enumerate(("scan.nii.gz", "link.nii.gz") * 2)]
+    summary = predict_to_folder(detector, rows, tmp_path / "out", overlays=False)
+    assert {row["map_volume"] for row in read_scores(tmp_path / "out" / "scores.csv")} == {"maps/scan_map.nii.gz"}
+    assert summary.remarks == ()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of names are those of Linux")
+@pytest.mark.parametrize("name", ["b" * 250 + ".nii", "Ä" * 125 + ".nii"])
+def test_the_longest_name_costs_no_row(volume, tmp_path, name):
+    nibabel = pytest.importorskip("nibabel")
+    file, detector, _ = volume
+    nibabel.save(nibabel.load(file), tmp_path / "in.nii")
+    long, short = tmp_path / name, tmp_path / "z.nii"
+    short.write_bytes((tmp_path / "in.nii").read_bytes())
+    (tmp_path / "in.nii").rename(long)
+    summary = predict_to_folder(detector, [long, long, short], tmp_path / "out")
+    rows = read_scores(tmp_path / "out" / "scores.csv")
+    assert summary.report.exists()
+    assert [row["status"] for row in rows] == ["ok"] * 12
+    for row in rows:
+        for column in ("map", "overlay", "map_volume"):
+            assert (tmp_path / "out" / row[column]).exists()
+            assert len(Path(row[column] + ".part").name.encode()) <= 143  # what eCryptfs takes
+    assert len(list((tmp_path / "out" / "maps").glob("*.nii.gz"))) == 2
+
+
+def test_a_volume_that_changed_under_the_run_costs_no_row(volume, tests, tmp_path):
+    file, detector, _ = volume
+    rows = [Sample(file, "head_ct", frame=frame) for frame in (0, 1, 2)]
+
+    def vanish(_):
+        file.unlink(missing_ok=True)
+
+    summary = predict_to_folder(detector, [*rows, tests[0]], tmp_path / "out", on_progress=vanish)
+    assert summary.report.exists()
+    assert len(read_scores(tmp_path / "out" / "scores.csv")) == 4
+    [remark] = summary.remarks
+    assert remark.startswith("maps/scan_map.nii.gz is missing, though tables name it: ")
+    assert "no such file" in remark
+
+
+class Fixed:
+    """A detector whose verdicts are given."""
+
+    def __init__(self, detector, predictions):
+        self._detector, self._predictions = detector, predictions
+
+    def __getattr__(self, name):
+        return getattr(self._detector, name)
+
+    def predict(self, samples, **_):
+        return iter(self._predictions)
+
+
+def made(path="a.png", score=1.0, *, shape=(20, 30), **changes):
+    arrays = {"image": np.full((1, *shape), 0.5, np.float32), "anomaly_map": np.full(shape, 0.5, np.float32)}
+    return Prediction(**({"sample": Sample(Path(path), "head_ct"), "score": score} | arrays | changes))
+
+
+ODD = {
+    "nan spacing": made(spacing=(float("nan"), 1.0)),
+    "infinite spacing": made(spacing=(1.0, float("inf"))),
+    "zero spacing": made(spacing=(0.0, 0.0)),
+    "negative spacing": made(spacing=(-1.0, 1.0)),
+    "map of NaN": made(anomaly_map=np.full((20, 30), np.nan, np.float32)),
+    "one row": made(shape=(1, 20000)),
+    "one column": made(shape=(20000, 1), spacing=(5.0, 0.1)),
+    "nothing": made(shape=(0, 5)),
+    "two channels": made(image=np.zeros((2, 20, 30), np.float32)),
+    "map of another size": made(anomaly_map=np.zeros((3, 4), np.float32)),
+    "NaN p-value": made(p_value=float("nan")),
+    "NaN seconds": made(seconds=float("nan")),
+    "NaN score": made(score=float("nan")),
+    "infinite score": made(score=float("inf")),
+    "frame of numpy": made(sample=Sample(Path("a.png"), "head_ct", frame=np.int64(3), label=np.int64(1))),
+    "lines in the note": made(note="one\nof two"),
+    "odd name": made(path="<b>\"'&\n\x1b[31m\udcff,;.png"),
+    "no name": made(path="/"),
+    "lone surrogate": made(path="\ud800.png"),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_one_odd_image_costs_neither_the_run_nor_the_report(detector, tmp_path, odd):
+    out = tmp_path / "out"
+    run = [made("first.png"), ODD[odd], ODD[odd], made("last.png")]
+    summary = predict_to_folder(Fixed(detector, run), [], out)
+    rows = read_scores(out / "scores.csv")
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in (out / "scores.jsonl").read_text().splitlines()]
+    assert len(rows) == len(lines) == len(summary.predictions) == 4
+    assert [rows[k]["status"] for k in (0, 3)] == ["ok", "ok"]
+    assert [(row["score"], row["status"]) for row in rows] == [(line["score"], line["status"]) for line in lines]
+    assert all((row["score"] is not None) == (row["status"] == "ok") for row in rows)
+    page = summary.report.read_text()
+    assert len(cases(summary.report)) == 4 - summary.failed
+    assert '<b>"' not in page
+    for row in rows:
+        assert "\n" not in (row["note"] or "")
+        for column in ("map", "overlay"):
+            assert row["status"] == "error" or row[column] is not None or f"no {column} (" in row["note"]
+
+
+def test_what_could_not_be_drawn_is_told(detector, tmp_path):
+    run = [ODD["map of another size"], ODD["two channels"], ODD["infinite score"], made("last.png")]
+    summary = predict_to_folder(Fixed(detector, run), [], tmp_path / "out")
+    first, second, third, last = read_scores(tmp_path / "out" / "scores.csv")
+    for row in (first, second):
+        assert (row["status"], row["score"], row["overlay"]) == ("ok", 1.0, None)
+        assert (tmp_path / "out" / row["map"]).exists()
+        assert row["note"].startswith("no overlay (ValueError: overlay: the image is ")
+    assert (third["status"], third["error"]) == ("error", "a.png: the score is not a finite number. Look at the image.")
+    assert last["note"] is None
+    assert (tmp_path / "out" / last["overlay"]).exists()
+    assert summary.failed == 1
+    assert sum(remark.startswith("1 of 4 images: no overlay (") for remark in summary.remarks) == 2
+    assert "no overlay (ValueError" in texts(summary.report)
+
+
+def test_a_file_system_that_refuses_a_name_costs_that_file_only(detector, tmp_path, monkeypatch):
+    write_bytes = Path.write_bytes
+
+    def write(path, content):
+        if path.name.startswith("odd") and path.name != "odd.npy.part":
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), str(path))
+        return write_bytes(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", write)
+    predict_to_folder(Fixed(detector, [made("odd.png"), made("last.png")]), [], tmp_path / "out")
+    odd, last = read_scores(tmp_path / "out" / "scores.csv")
+    assert (odd["map"], odd["overlay"], last["overlay"]) == ("maps/odd.npy", None, "overlays/last.png")
+    assert odd["note"].startswith("no overlay (OutputError: ")
+
+
+def test_a_hundred_and_fifty_supports_stand_in_the_report(detector, tmp_path):
+    from anatomaly.results.page import write_report
+
+    names = tuple(f"support {n}" for n in range(150))
+    weights = np.full((2, 150), 1 / 150, np.float32)
+    pictures = [np.full((1, 16, 16), 0.5, np.float32)] * 150
+    report = write_report(
+        tmp_path / "report.html",
+        [made(support_weights=weights)],
+        title="Many",
+        bank_names=names,
+        bank_images=pictures,
+        scale=(0.0, 1.0),
+    )
+    assert "150 reference images" in texts(report)
+    assert "and 142 more" in texts(report)

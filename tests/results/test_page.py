@@ -168,7 +168,9 @@ def test_the_histogram_stacks_labels_and_counts_every_score(tmp_path):
     assert "Scores by known label" in made.text
 
 
-@pytest.mark.parametrize("scores", [[0.5], [0.5, 0.5], [1.0, np.nextafter(1.0, 2.0)], [-1e30, 1e30]])
+@pytest.mark.parametrize(
+    "scores", [[0.5], [0.5, 0.5], [1.0, np.nextafter(1.0, 2.0)], [-1e30, 1e30], [-1.7e308, 1.7e308]]
+)
 def test_the_histogram_bears_extreme_spreads(tmp_path, scores):
     made = page(tmp_path, *(prediction(f"{n}.png", s) for n, s in enumerate(scores)))
     assert sum(height for _, height in bars(made)) == pytest.approx(130 * len(set(scores)))
@@ -202,7 +204,8 @@ def test_pictures_are_small_and_have_true_proportions(tmp_path):
     assert made.picture("Image of a.png").shape == (256, 128, 3)
     assert made.picture("Reference image first").shape == (171, 256, 3)
     flat = page(tmp_path, prediction(shape=(100, 200), spacing=(5.0, 1.0)))  # a sagittal slice, 5 mm apart
-    assert flat.picture("Map of a.png").shape == (200, 80, 3)
+    for kind in ("Map", "Image", "Overlay"):
+        assert flat.picture(f"{kind} of a.png").shape == (200, 80, 3)
 
 
 def test_every_picture_has_a_text_alternative(tmp_path):
@@ -223,6 +226,14 @@ def test_missing_map_values_do_not_break_the_pictures(tmp_path):
         made = page(tmp_path, prediction(anomaly_map=holes, image=holes[None]))
     np.testing.assert_allclose(made.picture("Map of a.png"), 128, atol=3)
     np.testing.assert_allclose(made.picture("Overlay of a.png"), 0, atol=3)
+
+
+@pytest.mark.parametrize("changes", [{"image": np.zeros((2, 20, 30))}, {"anomaly_map": np.zeros((0, 0))}])
+def test_an_odd_array_costs_its_picture_only(tmp_path, changes):
+    made = page(tmp_path, prediction("odd.png", 0.75, **changes), prediction())
+    assert [Path(each["data-name"]).name for each in made.all("article")] == ["odd.png", "a.png"]
+    assert made.text.count("not kept") >= 1
+    assert made.picture("Overlay of a.png").shape == (20, 30, 3)
 
 
 def test_image_values_beyond_the_display_range_are_clipped(tmp_path):

@@ -62,6 +62,7 @@ def test_the_table_reads_back_exactly(tmp_path):
         "overlay": "overlays/a_0004.png",
         "p_value": None,
         "note": None,
+        "map_volume": None,
         "weight_0": 0.375,
         "weight_1": 0.625,
     }
@@ -144,6 +145,12 @@ def test_files_of_one_name_get_their_own_pictures(tmp_path):
     assert maps[6:] == ["maps/1.2.840.113.npy", "maps/image.npy", "maps/1_0012.npy"]
     assert len({name.casefold() for name in maps}) == len(maps)
     assert all((tmp_path / name).exists() for name in maps)
+
+
+def test_one_image_a_thousand_times_keeps_all_its_maps(tmp_path):
+    rows = written(tmp_path, *[prediction("a/x.png", shape=(1, 1))] * 1000, overlays=False)
+    assert len({row["map"].casefold() for row in rows}) == 1000
+    assert [row["map"] for row in rows[:2]] == ["maps/x.npy", "maps/a_x.npy"]
 
 
 @pytest.mark.parametrize("names", [("Scan.png", "scan.png"), ("scan.png", "Scan.png")])
@@ -290,6 +297,16 @@ def test_the_overlay_leaves_normal_tissue_grey_and_colours_the_rest():
     assert normal.tolist() == [128, 128, 128]
     assert np.ptp(half) > 30
     assert strong.tolist() == np.rint(0.25 * 127.5 + 0.75 * np.array([252, 255, 164])).astype(int).tolist()
+
+
+def test_a_large_overlay_is_that_of_its_strips(monkeypatch):
+    rng = np.random.default_rng(5)
+    image, anomaly_map = rng.random((3, 50, 40)), 3 * rng.random((50, 40))
+    whole = overlay(image, anomaly_map, SCALE)
+    monkeypatch.setattr("anatomaly.results.pictures._STRIP", 7 * 40)
+    np.testing.assert_array_equal(overlay(image, anomaly_map, SCALE), whole)
+    with pytest.raises(ValueError, match=r"image is \(3, 50, 40\) and the map \(14, 40\)"):
+        overlay(image, anomaly_map[:14], SCALE)
 
 
 def test_the_overlay_of_a_colour_image_is_grey_and_survives_missing_values():

@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,8 +35,10 @@ from anatomaly.data.decoding import (
     usable_spacing,
 )
 from anatomaly.errors import NotReadyError, OutputError, ReadError, ShapeError
+from anatomaly.files import output_error
 
 _DEFLATE_RATIO = 1032  # at most
+_BLOCK = 2**28  # bytes of a volume of maps that are in memory at a time
 _MM_PER_UNIT = {"mm": 1.0, "meter": 1e3, "micron": 1e-3, "unknown": 1.0}
 
 
@@ -96,16 +98,28 @@ def _volume_limits(voxels: NDArray[Any], slope: np.float64, intercept: np.float6
     return (min(low for low, _ in found), max(high for _, high in found)) if found else None
 
 
+def slice_grid(path: Path) -> tuple[int, int, int]:
+    """(slices, height, width) of a NIfTI volume as it is cut, from its header alone.
+
+    Raises:
+        ReadError: The file cannot be opened, or is no volume.
+    """
+    with reading(path):
+        width, height, count = _geometry(_open_header(path)).canonical_shape()
+    return count, height, width
+
+
 def write_volume(maps: Mapping[int, NDArray[np.float32]], source: Path, out: Path) -> None:
     """Write the maps of a volume's slices as one float32 NIfTI on the grid of `source`.
 
     Shape, axis order, affine and units are those of `source`, so viewers overlay the two voxel by voxel.  Header
-    extensions are not copied: they may hold patient data.
+    extensions are not copied: they may hold patient data.  No more than 256 MiB of the volume is in memory at a time.
 
     Args:
-        maps: Slice number as in `read_image(..., frame=)` -> (H0, W0) map as displayed.  Slices without a map are 0.
+        maps: Slice number as in `read_image(..., frame=)` -> (H0, W0) map as displayed, looked up when it is needed.
+            Slices without a map are NaN.
         source: The NIfTI volume the slices were read from.
-        out: File to write, .nii.gz or .nii.
+        out: File to write, .nii.gz or .nii; whole or absent.
 
     Raises:
         ReadError: `source` cannot be read.
@@ -117,32 +131,75 @@ def write_volume(maps: Mapping[int, NDArray[np.float32]], source: Path, out: Pat
     with reading(source):
         image = _open_header(source)
         geometry = _geometry(image)
-    width, height, count = geometry.canonical_shape()
-    canonical = np.zeros((width, height, count), np.float32)
-    for index, anomaly_map in maps.items():
-        if not 0 <= index < count:
-            raise ShapeError(f"{source}: there is a map for slice {index}, the volume has slices 0..{count - 1}.")
-        if anomaly_map.shape != (height, width):
-            raise ShapeError(
-                f"{source}: the map of slice {index} is {anomaly_map.shape}, slices are {(height, width)}. "
-                "Restore maps to the source grid first."
-            )
-        canonical[:, :, index] = anomaly_map[::-1].T
+    count = geometry.canonical_shape()[2]
+    if wrong := [index for index in maps if not 0 <= index < count]:
+        raise ShapeError(f"{source}: there is a map for slice {wrong[0]}, the volume has slices 0..{count - 1}.")
+    header = _map_header(image)
+    part = out.with_name(out.name + ".part")
+    try:
+        with part.open("wb") as file, _packed(file, out) as stream:
+            header.write_to(stream)
+            stream.write(bytes(header.get_data_offset() - stream.tell()))
+            for block in _blocks(maps, source, geometry):
+                stream.write(np.ascontiguousarray(block.T, header.get_data_dtype()).data)
+        part.replace(out)
+    except OSError as err:
+        raise output_error(out, err) from err
+    finally:
+        with contextlib.suppress(OSError):  # the first failure is the one to report
+            part.unlink(missing_ok=True)
 
-    nibabel = _nibabel()
-    stored_order = nibabel.orientations.ornt_transform([[0, 1], [1, 1], [2, 1]], geometry.orientation)
-    voxels = nibabel.apply_orientation(canonical, stored_order).reshape(image.shape)
+
+def _map_header(image: Any) -> Any:
+    """The header of a volume's maps: its grid, and nothing else of it."""
     header = image.header.copy()
     header.set_data_dtype(np.float32)
     header["cal_min"] = header["cal_max"] = 0  # the source's display window means nothing for a map
-    header["descrip"] = b"anatomaly anomaly map"
+    header["descrip"] = b"anatomaly anomaly map; NaN: not judged"
     header.extensions.clear()
-    try:
-        nibabel.save(type(image)(voxels, image.affine, header), out)
-    except OSError as err:
-        with contextlib.suppress(OSError):
-            out.unlink(missing_ok=True)  # half a volume may open, with zeros where maps are missing
-        raise OutputError(f"{out}: cannot be written ({err.strerror or err}). Check the folder and the disk.") from err
+    maps = type(image)(np.broadcast_to(np.float32(0), image.shape), image.affine, header)
+    maps.update_header()
+    maps.header.set_slope_inter(1, 0)
+    return maps.header
+
+
+def _packed(file: IO[bytes], out: Path) -> contextlib.AbstractContextManager[IO[bytes]]:
+    """What to write to: gzip around the file, or the file."""
+    if out.name.endswith(".gz"):
+        return gzip.GzipFile("", "wb", 1, file, mtime=0)  # type: ignore[return-value]  # it has all that is used
+    return contextlib.nullcontext(file)
+
+
+def _blocks(
+    maps: Mapping[int, NDArray[np.float32]], source: Path, geometry: _Geometry
+) -> Iterator[NDArray[np.float32]]:
+    """The stored volume of maps, cut along its last axis into blocks of bounded size."""
+    nibabel = _nibabel()
+    width, height, count = geometry.canonical_shape()
+    axis = geometry.stored_axis(2)
+    forward = geometry.orientation[axis, 1] == 1
+    stored_order = nibabel.orientations.ornt_transform([[0, 1], [1, 1], [2, 1]], geometry.orientation)
+    *plane, length = geometry.shape
+    step = max(1, _BLOCK // (4 * prod(plane)))
+    for start in range(0, length, step):
+        stop = min(start + step, length)
+        block = np.full((*plane, stop - start), np.nan, np.float32, order="F")
+        for index in maps:
+            at = index if forward else count - 1 - index
+            if axis == 2 and not start <= at < stop:
+                continue
+            anomaly_map = maps[index]
+            if anomaly_map.shape != (height, width):
+                raise ShapeError(
+                    f"{source}: the map of slice {index} is {anomaly_map.shape}, slices are {(height, width)}. "
+                    "Restore maps to the source grid first."
+                )
+            slab = np.take(nibabel.apply_orientation(anomaly_map[::-1].T[..., None], stored_order), 0, axis)
+            if axis == 2:
+                block[:, :, at - start] = slab
+            else:
+                np.moveaxis(block, axis, 0)[at] = slab[:, start:stop]
+        yield block
 
 
 def _nibabel() -> Any:

@@ -8,8 +8,6 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from anatomaly.data.readers import sniff_format
-from anatomaly.data.volumes import write_volume
 from anatomaly.detector.conformal import Call, needed_calls, needed_normals, rejected_up_to, threshold, unit_of
 from anatomaly.errors import ConfigError
 from anatomaly.results.page import shrink, write_report
@@ -67,7 +65,9 @@ def predict_to_folder(
 ) -> Summary:
     """Judge images against the detector's support and write scores.csv, scores.jsonl, maps, overlays and report.html.
 
-    The maps of a NIfTI volume are also written as one volume on the source's grid, `maps/NAME_map.nii.gz`.
+    The maps of a NIfTI volume are also written as one volume on the source's grid, `maps/NAME_map.nii.gz`, whatever the
+    order of its rows; slices that were not judged are NaN there.  An image whose picture or map cannot be made keeps
+    its row, with a note.
 
     Args:
         detector: With its support set.
@@ -96,12 +96,9 @@ def predict_to_folder(
         _check_rate(option, rate, calibration, line)
     kept: list[Prediction] = []
     highest: list[tuple[float, int]] = []  # heap of (score, -index) with pictures; the report, too, shows ties in order
-    volumes = _Volumes(out / "maps") if maps else None
     with ResultWriter(out, scale=bank.map_range, support_names=bank.names, maps=maps, overlays=overlays) as writer:
         for prediction in detector.predict(samples, batch_size=batch_size, task=task):
-            writer.write(prediction)
-            if volumes is not None:
-                volumes.add(prediction)
+            prediction = writer.write(_judged(prediction))
             kept.append(replace(prediction, image=None, anomaly_map=None))
             if prediction.error is None:
                 heapq.heappush(highest, (prediction.score, 1 - len(kept)))
@@ -111,8 +108,7 @@ def predict_to_folder(
                 if dropped != len(kept) - 1:
                     kept[-1] = shrink(prediction)
             on_progress(prediction)
-    if volumes is not None:
-        volumes.flush()
+        told = writer.finish()
     calls = () if calibration is None else tuple(_calls(kept, calibration, alpha, fdr, dependent))
     report = write_report(
         out / "report.html",
@@ -127,8 +123,16 @@ def predict_to_folder(
         calls=calls,
         max_cases=_CASES,
     )
-    remarks = (*([line] if line else []), *_remarks(kept, calibration, fdr, dependent))
+    remarks = (*([line] if line else []), *told, *_remarks(kept, calibration, fdr, dependent))
     return Summary(tuple(kept), report, sum(p.error is not None for p in kept), calls, remarks)
+
+
+def _judged(prediction: Prediction) -> Prediction:
+    """The prediction; one whose score is no number is an error, for it can be neither ranked nor called."""
+    if prediction.error is not None or math.isfinite(prediction.score):
+        return prediction
+    error = f"{prediction.sample.path}: the score is not a finite number. Look at the image."
+    return replace(prediction, score=math.nan, error=error, p_value=None, anomaly_map=None, image=None)
 
 
 def _check_rate(option: str, rate: float | None, calibration: Calibration | None, line: str) -> None:
@@ -214,33 +218,3 @@ def _about(detector: Detector, task: str) -> dict[str, str]:
         more = f" and {training['synthetic']} drawn ones of each built-in task" if training.get("synthetic") else ""
         about["Trained on"] = f"{training['images']} normal images of {', '.join(training['tasks'])}{more}"
     return about
-
-
-class _Volumes:
-    """Collect the maps of a NIfTI file's slices and write them as one volume when the next file begins."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.source: Path | None = None
-        self.maps: dict[int, NDArray[np.float32]] = {}
-
-    def add(self, prediction: Prediction) -> None:
-        if prediction.sample.path != self.source:
-            self.flush()
-            self.source = prediction.sample.path
-        if prediction.anomaly_map is not None:
-            self.maps[prediction.sample.frame or 0] = prediction.anomaly_map
-
-    def flush(self) -> None:
-        if self.source is not None and self.maps and sniff_format(self.source) == "nifti":
-            stem = self.source.name.removesuffix(".gz").removesuffix(".nii")
-            write_volume(self.maps, self.source, _unused(self.folder, stem))
-        self.source, self.maps = None, {}
-
-
-def _unused(folder: Path, stem: str) -> Path:
-    """`stem_map.nii.gz`, numbered where another volume of that name came first."""
-    candidate, number = folder / f"{stem}_map.nii.gz", 2
-    while candidate.exists():
-        candidate, number = folder / f"{stem}_map_{number}.nii.gz", number + 1
-    return candidate

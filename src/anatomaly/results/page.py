@@ -7,6 +7,7 @@ All maps are coloured on one fixed scale, printed on the page.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
@@ -102,12 +103,20 @@ def shrink(prediction: Prediction) -> Prediction:
     """The same prediction with picture and map at the page's size, for callers that collect many."""
     if prediction.image is None or prediction.anomaly_map is None:
         return prediction
-    return replace(
-        prediction,
-        image=thumbnail(prediction.image, prediction.spacing),
-        anomaly_map=thumbnail(prediction.anomaly_map[None], prediction.spacing)[0],
-        spacing=None,
-    )
+    image, anomaly_map = _small(prediction)
+    return replace(prediction, image=image, anomaly_map=anomaly_map, spacing=None)
+
+
+def _small(prediction: Prediction) -> tuple[NDArray[np.float32] | None, NDArray[np.float32] | None]:
+    """Image and map at the page's size; None for what is absent or cannot be shown, which must not cost the page."""
+    image, anomaly_map, spacing = prediction.image, prediction.anomaly_map, prediction.spacing
+    try:
+        return (
+            None if image is None else thumbnail(image, spacing),
+            None if anomaly_map is None else thumbnail(anomaly_map[None], spacing)[0],
+        )
+    except Exception:  # numpy's and Pillow's many ways to refuse an odd array
+        return None, None
 
 
 def _is_scored(prediction: Prediction) -> bool:
@@ -171,7 +180,8 @@ def _histogram(scored: Sequence[Prediction], labels: Sequence[int | None], calls
     width, height = 640, 130
     scores = np.array([p.score for p in scored], dtype=np.float64)
     bins = min(30, max(5, round(2 * math.sqrt(len(scores)))))
-    position = (scores - scores.min()) / (np.ptp(scores) or 1.0)  # (N,) in [0, 1]
+    halves = scores / 2  # for the spread of the largest numbers is no number
+    position = (halves - halves.min()) / (np.ptp(halves) or 1.0)  # (N,) in [0, 1]
     index = np.minimum((position * bins).astype(np.intp), bins - 1)
     counts = {k: np.bincount(index[[p.sample.label == k for p in scored]], minlength=bins) for k in labels}
     tallest = int(np.bincount(index).max())
@@ -188,7 +198,7 @@ def _histogram(scored: Sequence[Prediction], labels: Sequence[int | None], calls
         below += heights
     for call in calls:
         if scores.min() <= call.score <= scores.max():
-            x = width * (call.score - scores.min()) / (np.ptp(scores) or 1.0)
+            x = width * (call.score / 2 - halves.min()) / (np.ptp(halves) or 1.0)
             bars.append(
                 f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{height}" stroke="#a8201a" stroke-dasharray="5 4">'
                 f"<title>{escaped(call.name)}: above {_number(call.score)}</title></line>"
@@ -304,16 +314,16 @@ def _case(prediction: Prediction, rank: int, total: int, page: _Page) -> str:
 
 
 def _views(prediction: Prediction, scale: tuple[float, float]) -> str:
-    name, image, anomaly_map = prediction.sample.name, prediction.image, prediction.anomaly_map
-    small_image = None if image is None else thumbnail(image, prediction.spacing)
-    small_map = None if anomaly_map is None else thumbnail(anomaly_map[None], prediction.spacing)[0]
+    name = prediction.sample.name
+    image, anomaly_map = _small(prediction)
     pictures = {"Image": "", "Overlay": "", "Map": ""}
-    if small_image is not None:
-        pictures["Image"] = _picture_uri(_grey_or_rgb(small_image, prediction.spacing))
-    if small_map is not None:
-        pictures["Map"] = _picture_uri(render_map(small_map, scale))
-    if small_image is not None and small_map is not None:
-        pictures["Overlay"] = _picture_uri(overlay(small_image, small_map, scale))
+    with contextlib.suppress(Exception):  # an odd array costs its picture, not the page
+        if anomaly_map is not None:
+            pictures["Map"] = _picture_uri(render_map(anomaly_map, scale))
+        if image is not None:
+            pictures["Image"] = _picture_uri(_grey_or_rgb(image, None))
+        if image is not None and anomaly_map is not None:
+            pictures["Overlay"] = _picture_uri(overlay(image, anomaly_map, scale))
     return "".join(
         f"<figure>{_image(uri, f'{kind} of {name}')}<figcaption>{kind}</figcaption></figure>"
         for kind, uri in pictures.items()

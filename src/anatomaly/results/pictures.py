@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from anatomaly.data.decoding import usable_spacing
+
 # Nine anchors of the "inferno" colour map (van der Walt and Smith, CC0): its lightness rises evenly from black to pale
 # yellow, so that equal steps of the map look like equal steps and grey-scale printing keeps the order.
 _ANCHORS = (
@@ -24,6 +26,7 @@ _STEPS = np.arange(256) / 255 * (len(_ANCHORS) - 1)
 _CHANNELS = [np.interp(_STEPS, range(len(_ANCHORS)), channel) for channel in zip(*_ANCHORS, strict=True)]
 _COLOURS = np.rint(np.stack(_CHANNELS, axis=1)).astype(np.uint8)  # (256, 3)
 _NO_VALUE = np.uint8(128)
+_STRIP = 2**20  # pixels that are coloured at a time
 _THUMBNAIL = 256  # longest side in pixels
 _OVERLAY_STRENGTH = 0.75  # below 1, so that anatomy shows through the brightest spot
 
@@ -83,6 +86,14 @@ def overlay(image: NDArray[Any], anomaly_map: NDArray[Any], scale: tuple[float, 
             f"overlay: the image is {image.shape} and the map {anomaly_map.shape}; "
             "expected (C, H, W) with C 1 or 3, and (H, W) of the same size."
         )
+    height, width = anomaly_map.shape
+    rows = max(1, _STRIP // max(1, width))  # in strips, for the numbers in between are many times the picture
+    strips = [slice(start, start + rows) for start in range(0, max(1, height), rows)]
+    return np.concatenate([_blend(image[:, strip], anomaly_map[strip], scale) for strip in strips])
+
+
+def _blend(image: NDArray[Any], anomaly_map: NDArray[Any], scale: tuple[float, float]) -> NDArray[np.uint8]:
+    """`overlay` of a strip."""
     luma = np.array([0.299, 0.587, 0.114]) if len(image) == 3 else np.ones(1)
     grey = np.clip(np.nan_to_num(np.tensordot(luma, image, axes=1)), 0.0, 1.0)[..., None] * 255  # (H, W, 1)
     alpha = _OVERLAY_STRENGTH * np.nan_to_num(_on_scale(anomaly_map, scale))[..., None]
@@ -106,10 +117,12 @@ def encode_picture(pixels: NDArray[np.uint8], *, kind: str) -> bytes:
 
 
 def thumbnail(image: NDArray[Any], spacing: tuple[float, float] | None) -> NDArray[np.float32]:
-    """(C, H, W) with its longest side at most 256 pixels, and square pixels where the spacing is known."""
+    """(C, H, W) with its longest side at most 256 pixels, and square pixels where a usable spacing is known."""
     from PIL import Image
 
-    sizes = np.array(image.shape[1:]) * np.array(spacing or (1.0, 1.0))
+    if not image.size:
+        raise ValueError(f"thumbnail: the image is {image.shape}, expected at least one pixel.")
+    sizes = np.array(image.shape[1:]) * np.array((spacing and usable_spacing(*spacing)) or (1.0, 1.0))
     sizes *= min(_THUMBNAIL, max(image.shape[1:])) / sizes.max()
     height, width = (max(1, round(float(size))) for size in sizes)
     channels: Iterable[Any] = (np.ascontiguousarray(channel, dtype=np.float32) for channel in image)

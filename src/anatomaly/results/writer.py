@@ -1,32 +1,39 @@
 """Write the verdicts of a run as they arrive.
 
 A run leaves `scores.csv` and `scores.jsonl` (one row per image, unreadable ones included), `maps/<stem>.npy` (float32
-on the source grid) and `overlays/<stem>.png`.  Every row is on disk before the next image is looked at, and a failed
-write never leaves half a row.
+on the source grid), `maps/<name>_map.nii.gz` for a NIfTI file and `overlays/<stem>.png`.  Every row is on disk before
+the next image is looked at, and a failed write never leaves half a row.
 """
 
 from __future__ import annotations
 
-import hashlib
+import errno
 import io
-import itertools
 import json
 import math
-import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from anatomaly.data.decoding import usable_spacing
+from anatomaly.errors import OutputError
 from anatomaly.files import Appender, output_error, write_whole
+from anatomaly.results.map_volumes import MapVolumes
+from anatomaly.results.names import Stems
 from anatomaly.results.pictures import checked_scale, encode_picture, overlay
 from anatomaly.tables import csv_bytes
-from anatomaly.types import Prediction, Sample
+from anatomaly.types import Prediction
 
 #: Columns of `scores.csv` that every run has; `weight_0` ... `weight_<K-1>` follow where there is a support bank.
-COLUMNS = ("path", "frame", "task", "label", "score", "status", "error", "seconds", "map", "overlay", "p_value", "note")
+COLUMNS = (
+    *("path", "frame", "task", "label", "score", "status", "error", "seconds", "map", "overlay", "p_value", "note"),
+    "map_volume",
+)
+_OF_ONE_NAME = (errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL)  # the file system takes other names
 
 
 class ResultWriter:
@@ -56,7 +63,7 @@ class ResultWriter:
             out: The folder; made if missing.  A folder that holds the scores of another run is refused.
             scale: (low, high) in map units, the colour scale of all overlays.
             support_names: K display names of the support images, in the order of `Prediction.support_weights`.
-            maps: Write the maps as arrays.
+            maps: Write the maps as arrays, and those of a NIfTI file as one volume.
             overlays: Write the overlays as pictures.
 
         Raises:
@@ -70,7 +77,8 @@ class ResultWriter:
         self._columns = (*COLUMNS, *(f"weight_{k}" for k in range(len(self._support_names))))
         self._maps = maps
         self._overlays = overlays
-        self._stems: set[str] = set()
+        self._stems = Stems()
+        self._volumes = MapVolumes(self.out)
         try:
             for folder in [self.out] + [self.out / "maps"] * maps + [self.out / "overlays"] * overlays:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -86,11 +94,14 @@ class ResultWriter:
     def __exit__(self, *_: object) -> None:
         self._tables.close()
 
-    def write(self, prediction: Prediction) -> None:
+    def write(self, prediction: Prediction) -> Prediction:
         """Write the map, the overlay and then the row of one image; when this returns, all of it is on disk.
 
         Args:
             prediction: The verdict, or the error that takes its place.
+
+        Returns:
+            The prediction; its `note` also says which of its files could not be made.
 
         Raises:
             OutputError: A file cannot be written.  Rows written before stay as they are.
@@ -102,51 +113,61 @@ class ResultWriter:
                 f"ResultWriter.write: {prediction.sample.name} has weights of shape {weights.shape}, "
                 f"expected (levels, {len(self._support_names)})."
             )
-        row = _row(prediction)
-        row["map"], row["overlay"] = self._write_pictures(prediction)
+        files, notes = self._write_pictures(prediction)
+        if notes:
+            told = [prediction.note] if prediction.note is not None else []
+            prediction = replace(prediction, note="; ".join([*told, *notes]))
+        row = _row(prediction) | files
         mean = [None] * len(self._support_names) if weights is None else weights.mean(axis=0, dtype=np.float64).tolist()
         flat = row | {f"weight_{k}": value for k, value in enumerate(mean)}
         full = row | {
-            "score": prediction.score if math.isfinite(prediction.score) else None,  # JSON has no NaN
-            "spacing": prediction.spacing and [float(length) for length in prediction.spacing],
+            "spacing": prediction.spacing and usable_spacing(*prediction.spacing),
             "scale": self._scale,
             "support": self._support_names,
-            "support_weights": None if weights is None else _json_numbers(weights),
+            "support_weights": None if weights is None else weights.tolist(),
         }
-        lines = ((json.dumps(full) + "\n").encode(), csv_bytes([[flat[column] for column in self._columns]]))
-        self._tables.append(*lines, kept=self._kept())
+        line = json.dumps(_without_gaps(full), allow_nan=False) + "\n"
+        self._tables.append(line.encode(), csv_bytes([[flat[column] for column in self._columns]]), kept=self._kept())
         self.rows += 1
+        if files["map_volume"] is not None:
+            self._volumes.settle(files["map_volume"])
+        return prediction
 
-    def _write_pictures(self, prediction: Prediction) -> tuple[str | None, str | None]:
-        """Write map and overlay where there are any; returns their paths relative to the folder."""
+    def finish(self) -> tuple[str, ...]:
+        """Write the volumes of maps that miss slices; call it after the last row.
+
+        Returns:
+            Lines to tell about the volumes.
+
+        Raises:
+            OutputError: One cannot be written.
+        """
+        return self._volumes.finish()
+
+    def _write_pictures(self, prediction: Prediction) -> tuple[dict[str, str | None], list[str]]:
+        """Write map and overlay where there are any; returns their names by column, and what could not be made."""
         anomaly_map, image = prediction.anomaly_map, prediction.image
-        stem = self._new_stem(prediction.sample)
-        map_name = overlay_name = None
+        stem = self._stems.new(prediction.sample)
+        files: dict[str, str | None] = {"map": None, "overlay": None, "map_volume": None}
+        notes = []
         if self._maps and anomaly_map is not None:
-            map_name = f"maps/{stem}.npy"
-            buffer = io.BytesIO()
-            np.save(buffer, np.ascontiguousarray(anomaly_map, dtype=np.float32), allow_pickle=False)
-            self._write_file(map_name, buffer.getvalue())
+            try:
+                self._write_file(name := f"maps/{stem}.npy", _npy_bytes(anomaly_map))
+                files["map"] = name
+                files["map_volume"] = self._volumes.add(prediction.sample, name, anomaly_map.shape)
+            except Exception as err:  # one image's trouble must not cost the others
+                notes.append(f"{'in no map volume' if files['map'] else 'no map'} ({_reason(err)})")
         if self._overlays and anomaly_map is not None and image is not None:
-            overlay_name = f"overlays/{stem}.png"
-            self._write_file(overlay_name, encode_picture(overlay(image, anomaly_map, self._scale), kind="PNG"))
-        return map_name, overlay_name
+            try:
+                picture = encode_picture(overlay(image, anomaly_map, self._scale), kind="PNG")
+                self._write_file(name := f"overlays/{stem}.png", picture)
+                files["overlay"] = name
+            except Exception as err:
+                notes.append(f"no overlay ({_reason(err)})")
+        return files, notes
 
     def _write_file(self, name: str, content: bytes) -> None:
         write_whole(self.out / name, content, kept=self._kept())
-
-    def _new_stem(self, sample: Sample) -> str:
-        """A file name no other image of the run has, also where the file system ignores case."""
-        plain = _plain_name(re.sub(r"(\.nii\.gz|\.[A-Za-z]\w{0,4})$", "", sample.path.name))
-        plain += "" if sample.frame is None else f"_{sample.frame:04d}"
-        digest = hashlib.sha256(f"{sample.path}#{sample.frame}".encode(errors="surrogateescape")).hexdigest()[:8]
-        candidates = itertools.chain(
-            (plain, f"{_plain_name(sample.path.parent.name)}_{plain}", f"{plain}-{digest}"),
-            (f"{plain}-{digest}-{n}" for n in itertools.count(2)),
-        )
-        stem = next(each for each in candidates if each.casefold() not in self._stems)
-        self._stems.add(stem.casefold())
-        return stem
 
     def _kept(self) -> str:
         return f"The {self.rows} rows written so far are complete."
@@ -157,23 +178,35 @@ def _row(prediction: Prediction) -> dict[str, Any]:
     failed = prediction.error is not None
     return {
         "path": str(sample.path),
-        "frame": sample.frame,
+        "frame": None if sample.frame is None else int(sample.frame),
         "task": sample.task,
-        "label": sample.label,
+        "label": None if sample.label is None else int(sample.label),
         "score": None if failed else float(prediction.score),
         "p_value": None if prediction.p_value is None else float(prediction.p_value),
         "status": "error" if failed else "ok",
         "error": " ".join(prediction.error.split()) if prediction.error is not None else None,
-        "note": prediction.note,
+        "note": " ".join(prediction.note.split()) if prediction.note is not None else None,
         "seconds": float(prediction.seconds),
     }
 
 
-def _json_numbers(values: NDArray[Any]) -> list[list[float | None]]:
-    return [[value if math.isfinite(value) else None for value in row] for row in values.tolist()]
+def _npy_bytes(anomaly_map: NDArray[np.float32]) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(anomaly_map, dtype=np.float32), allow_pickle=False)
+    return buffer.getvalue()
 
 
-def _plain_name(name: str) -> str:
-    """`name` without characters that need quoting, at most 100 bytes, never empty or hidden."""
-    plain = re.sub(r"[^\w.-]+", "_", name).strip(".")
-    return plain.encode()[:100].decode(errors="ignore") or "image"
+def _reason(err: Exception) -> str:
+    """Why a picture could not be made, in one line; an error that no later image would be spared is raised again."""
+    if isinstance(err, OutputError) and getattr(err.__cause__, "errno", None) not in _OF_ONE_NAME:
+        raise err
+    return " ".join(f"{type(err).__name__}: {err}".split()).rstrip(".")
+
+
+def _without_gaps(value: Any) -> Any:
+    """The same with None for every number that is not finite: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {name: _without_gaps(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_gaps(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
