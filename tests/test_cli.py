@@ -676,7 +676,7 @@ def test_names_that_are_not_utf_8_pass_through_every_table(run, world, tmp_path)
     assert b"M\xfcller.png" in (tmp_path / "t.csv").read_bytes()
     data = ("--model", world / "model", "--data", tmp_path / "t.csv", "--shots", "2", "--draws", "1")
     assert run("evaluate", *data, "--out", tmp_path / "e").code == 0
-    assert "M\\udcfcller.png" in (tmp_path / "e/scores.csv").read_text(encoding="utf-8")
+    assert "M\\udcfcller.png" in (tmp_path / "e/test_scores.csv").read_text(encoding="utf-8")
     both = ("--images", tmp_path / "in/test", "--support", tmp_path / "in/train/good", "--shots", "2")
     assert run(*predict(world, tmp_path / "o", *both)).code == 0
     rows = [json.loads(line) for line in (tmp_path / "o/scores.jsonl").read_text(encoding="utf-8").splitlines()]

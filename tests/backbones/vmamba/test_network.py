@@ -3,6 +3,7 @@
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from urllib.error import URLError
 
@@ -440,7 +441,7 @@ def test_a_cached_file_is_found(offline, states, digests):
     torch.save(as_checkpoint(states["vmamba_tiny_s1l8"]), cache / BACKBONES["vmamba_tiny_s1l8"].source.file)
     teacher = build_backbone("vmamba_tiny_s1l8")
     assert teacher.weights_hash == digests["vmamba_tiny_s1l8"]
-    assert teacher.facts()["weights"] == "auto"
+    assert teacher.facts().weights == "auto"
     assert not asked
 
 
@@ -479,7 +480,7 @@ def test_a_teachers_facts(teacher):
     assert teacher.signed is True
     assert teacher.channels == ((192, 384, 768, 768) if "merged" in teacher.name else (96, 192, 384, 768))
     assert teacher.strides == ((8, 16, 32, 32) if "merged" in teacher.name else (4, 8, 16, 32))
-    assert teacher.facts() == {
+    assert asdict(teacher.facts()) == {
         "name": teacher.name,
         "weights": "file",
         "normalise": True,
@@ -507,4 +508,4 @@ def test_random_weights_are_seeded_and_the_global_generator_is_left_alone():
     first = build_backbone("vmamba_tiny", weights="random")
     assert torch.equal(torch.rand(3), expected)
     assert first.weights_hash == build_backbone("vmamba_tiny_merged", weights="random").weights_hash
-    assert first.facts()["weights"] == "random"
+    assert first.facts().weights == "random"

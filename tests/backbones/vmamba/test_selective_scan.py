@@ -536,7 +536,7 @@ from numba.core import caching
 for one in vars(caching).values():
     if hasattr(one, "_locator_classes"):
         one._locator_classes = []  # as where neither the package nor the home folder can be written
-from anatomaly.backbones import _scan_numba
+from anatomaly.backbones.vmamba import _scan_numba
 
 print(_scan_numba._scan_image.stats.cache_path)
 """
