@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -724,3 +725,49 @@ def test_a_task_called_no_is_trained(run, tmp_path):
     words = ("--data", tmp_path, *TINY, "--method.name=nearest", "--training.validation=0.5", "--tasks=[no]")
     assert run("fit", *words, "--out", tmp_path / "m", "--task_intensity={no: {rule: range, high: 255}}").code == 0
     assert list(json.loads((tmp_path / "m/config.json").read_text())["task_intensity"]) == ["no"]
+
+
+# --- what jsonargparse says, in our words ---
+
+FIT = ("fit", "--data=x", "--out=y")
+PREDICT = ("predict", "--model=m", "--images=i", "--out=o")
+REWORDED = {
+    ("fit",): "the following arguments are required: data, out.",
+    (*FIT, "--training.epochs=many"): "--training.epochs: expected a whole number, got many.",
+    (*FIT, "--training.learning_rate=fast"): "--training.learning_rate: expected a number, got fast.",
+    (*FIT, "--scoring.pooling=median"): "--scoring.pooling: expected one of 'max', 'mean', 'topk', got median.",
+    (*FIT, "--preprocessing.size=64"): "--preprocessing.size: expected a list in brackets, got 64.",
+    (*FIT, "--preprocessing.size=[a,b]"): "--preprocessing.size: expected a whole number, got a.",
+    (*FIT, "--method.attention.mirrored=maybe"): "--method.attention.mirrored: expected true or false, got maybe.",
+    (*FIT, "--tasks=a"): "--tasks: expected a list in brackets, got a.",
+    (*FIT, "--task_intensity={ct: 5}"): "--task_intensity: expected braces, such as '{rule: range, low: 0}', got 5.",
+    (*PREDICT, "--intensity=soft"): "--intensity: expected braces, such as '{rule: range, low: 0}', got soft.",
+    (*PREDICT, "--shots=few"): "--shots: expected a whole number, got few.",
+    (*PREDICT, "--intensity={rule: magic}"): "expected one of 'auto', 'window', 'range', 'percentile', got magic",
+    ("benchmark", "--data=d", "--out=o", "--methods=5"): "--methods: expected settings in braces, got 5.",
+}
+#: Of jsonargparse 4.46, which anomalib asks for.
+EARLIER = (
+    "Option 'data' is required but not provided or its value is None",
+    "Expected a number. Got value: fast. Got NestedArg(key='learning_rate', val='fast')",
+)
+
+
+def test_what_jsonargparse_says_is_said_in_our_words(refused, monkeypatch):
+    used, plain = set(), cli._plain
+
+    def noted(message):
+        text = " ".join(message.split()).rstrip(".")
+        for number, (pattern, words) in enumerate(cli._REWORDED):
+            used.update([number] * bool(re.search(pattern, text)))
+            text = re.sub(pattern, words, text)
+        return plain(message)
+
+    monkeypatch.setattr(cli, "_plain", noted)
+    for words, expected in REWORDED.items():
+        line = refused(*words)
+        assert expected in line
+        assert not re.search(r"<class|typing\.|NestedArg|NoneType|Parser key|dot import", line)
+    for message in EARLIER:
+        noted(message)
+    assert used == set(range(len(cli._REWORDED))), "a pattern that nothing matches any more"
