@@ -320,7 +320,7 @@ def test_a_method_without_weights_needs_no_training(scans, tmp_path):
 
 def test_the_best_epoch_is_kept_and_the_first_of_equals(scans, tmp_path, monkeypatch, one_teacher):
     figures = iter([0.5, 0.9, 0.9])
-    monkeypatch.setattr(Validation, "__call__", lambda self: {"val_auroc": next(figures)})
+    monkeypatch.setattr(Validation, "__call__", lambda self: {"val_auroc": next(figures), "val_images": 2})
     detector = fit(scans, tmp_path / "three", settings(epochs=3))
     assert {name: detector.facts.training[name] for name in ("best_epoch", "val_auroc")} == {
         "best_epoch": 1,
@@ -336,7 +336,7 @@ def test_the_best_epoch_is_remembered_when_a_run_goes_on(scans, tmp_path, monkey
     def validate(self):
         if isinstance(figure := next(figures), Killed):
             raise figure
-        return {"val_auroc": figure}
+        return {"val_auroc": figure, "val_images": 2}
 
     monkeypatch.setattr(Validation, "__call__", validate)
     with pytest.raises(Killed):
