@@ -110,6 +110,15 @@ def test_progress_tells_every_epoch(finished):
     assert detector.facts.training["val_auroc"] == best["val_auroc"]
 
 
+def test_the_log_says_how_many_images_a_validation_rests_on(scans, tmp_path, one_teacher, caplog):
+    """One normal image of each of two tasks is held out."""
+    with caplog.at_level("INFO", logger="anatomaly"):
+        fit(scans, tmp_path / "model", settings(epochs=1))
+    (line,) = [record.getMessage() for record in caplog.records if "validation AUROC" in record.getMessage()]
+    assert line.endswith("from 2 normal images and as many with a pasted lesion")
+    assert [each["val_images"] for each in progress(tmp_path / "model")] == [2]
+
+
 def test_the_loss_falls(scans, tmp_path, one_teacher):
     fit(scans, tmp_path / "model", settings(epochs=8, validate_every=8, learning_rate=1e-2))
     ssd = [line["ssd"] for line in progress(tmp_path / "model")]

@@ -247,7 +247,8 @@ def _result(protocol: str, runs: Runs, judged: Sequence[Judged]) -> ProtocolResu
     interval, ap, f1max = Interval(nan, nan, nan), nan, nan
     if len(np.unique(first.labels)) < 2:
         kind = "anomalous" if first.labels.all() else "normal"
-        reason = f"it needs both classes, all {len(scores[0])} images scored are {kind}"
+        scored = f"all {len(first.labels)} images scored are" if len(first.labels) > 1 else "the one image scored is"
+        reason = f"it needs both classes, {scored} {kind}"
         undefined = dict.fromkeys(("auroc", "ap", "f1max", "interval"), reason)
     else:
         lacking = no_interval(first.labels, groups)

@@ -262,8 +262,8 @@ def _figures(audit: Audit) -> Table:
     lines: list[list[object]] = []
 
     def add(result: ProtocolResult | None, evaluation: str, what: str, values: dict[int, float]) -> None:
-        counts = ["", ""] if result is None else [result.scored, result.total]
-        counts.append(len(audit.runs.unreadable))
+        scored: list[object] = ["", ""] if result is None else [result.scored, result.total]
+        counts = [*scored, len(audit.runs.unreadable)]
         for place, value in values.items():
             lines.append([audit.runs.task, evaluation, what, place, value, *counts])
 

@@ -292,7 +292,8 @@ def _undefined(
     if reason := no_interval(labels, groups):
         found["interval"] = reason
     if groups is not None and set(groups) == {group for group, label in zip(groups, labels, strict=True) if label}:
-        found["patient_auroc"] = f"it needs both classes, all {len(set(groups))} patients are anomalous"
+        patients = f"all {len(set(groups))} patients are" if len(set(groups)) > 1 else "the only patient is"
+        found["patient_auroc"] = f"it needs both classes, {patients} anomalous"
     rows = (*collected.samples, *(row for row, _ in collected.unreadable))
     if any(row.mask is not None for row in rows) and not (pixels.lesion_pixels and pixels.normal_pixels):
         reason = "normal pixel" if pixels.lesion_pixels else "lesion pixel in a mask that can be used"
