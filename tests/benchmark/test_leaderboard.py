@@ -255,6 +255,29 @@ def test_patients_widen_the_intervals():
     assert any(by_patient[place].p != alone[place].p for place in alone)
 
 
+def test_rows_of_other_images_have_counts_of_their_own(tmp_path):
+    """What one preparation refuses another may read."""
+    brain = [c for c in CELLS if (c.task, c.shots) == ("brain", 2)]
+    unlike = [
+        replace(c, images=c.images[1:], labels=c.labels[1:], scores=c.scores[:, 1:], unreadable=("x.png: refused.",))
+        if c.entry == "fair"
+        else c
+        for c in brain
+    ]
+    (section,) = tables(write_leaderboard(unlike, tmp_path, reference=None)[0], [])
+    assert section.title == "brain, K = 2 (3 seeds × 2 draws)"
+    place = section.columns.index("images")
+    assert section.columns[place + 1] == "unreadable"
+    assert {line[0]: line[place : place + 2] for line in section.rows} == {
+        "good": ["60", "0"],
+        "fair": ["59", "1"],
+        "nearest": ["60", "0"],
+    }
+    assert section.note.startswith("1 of 60 test images is unreadable")
+    assert all(len(line) == len(section.columns) for line in section.rows)
+    assert "images" not in tables(rank(brain), [])[0].columns
+
+
 # --- the files ---
 
 

@@ -51,7 +51,8 @@ def table_of(audit: Audit) -> Table:
 def tell_unreadable(audit: Audit) -> str:
     """How many test images have no score, in a line with the first reason; empty where all have one."""
     runs = audit.runs
-    told = count_unreadable([f"{sample.name}: {reason}" for sample, reason in runs.unreadable], runs.total)
+    named = [why if sample.path.name in why else f"{sample.name}: {why}" for sample, why in runs.unreadable]
+    told = count_unreadable(named, runs.total)
     return told if runs.method != "files" else told.replace("unreadable", "without a score", 1)
 
 

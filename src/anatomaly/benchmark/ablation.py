@@ -202,7 +202,7 @@ def table_of(results: Sequence[AblationRow], *, title: str = "") -> Table:
         return f"{result.auroc:.3f}{sd} ({interval_text(result.low, result.high)})"
 
     lines = [[name, *(cell(task, name) for task in tasks)] for name in names]
-    unreadable = {result.task: result.unreadable for result in results}
+    unreadable = {task: max(row.unreadable for row in results if row.task == task) for task in tasks}
     if any(unreadable.values()):
         lines.append(["unreadable test images", *(str(unreadable[task]) for task in tasks)])
     note = tell_undefined((result.task, result.undefined) for result in results)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
@@ -76,11 +77,13 @@ def _full(rows: Sequence[Row]) -> Table:
 
 
 def _full_duels(fought: Sequence[Duel], rows: Sequence[Row]) -> Table:
-    unreadable = {row.place.task: len(row.unreadable) for row in rows}
-    unreadable[ALL_TASKS] = sum(unreadable.values())
+    unreadable: dict[Place, int] = defaultdict(int)
+    for row in rows:
+        unreadable[row.place] += len(row.unreadable)
+        unreadable[row.place._replace(task=ALL_TASKS)] += len(row.unreadable)
     columns = ["task", "shots", "method", "teacher", "against", "difference", "low", "high", "p", "p_holm"]
     columns += ["unreadable"]
-    lines = [[*d.place, d.against, *d.difference, d.adjusted, unreadable[d.place.task]] for d in fought]
+    lines = [[*d.place, d.against, *d.difference, d.adjusted, unreadable[d.place]] for d in fought]
     return Table("", columns, lines)
 
 
@@ -100,8 +103,10 @@ def tables(rows: Sequence[Row], fought: Sequence[Duel]) -> list[Table]:
         shown = [(title, name) for title, name in _SHOWN if name in known]
         unequal = len({row.seeds for row in members}) > 1
         trained = any(row.training_seconds is not None for row in members)
+        unlike = len({(row.images, len(row.unreadable)) for row in members}) > 1  # prepared otherwise, a file may do
         columns = ["method", *["teacher"] * teachers, *["seeds"] * unequal, "image AUROC", "95 % interval"]
-        columns += [*(title for title, _ in shown), "ms/image", "MiB", *["training"] * trained]
+        columns += [*(title for title, _ in shown), *["images", "unreadable"] * unlike]
+        columns += ["ms/image", "MiB", *["training"] * trained]
         lines = []
         for row in members:
             cells = [row.place.entry, *[row.place.teacher] * teachers, *[str(row.seeds)] * unequal]
@@ -110,6 +115,7 @@ def tables(rows: Sequence[Row], fought: Sequence[Duel]) -> list[Table]:
                 mean_sd(*row.metrics[name]) if name in row.metrics else "–" * (name in row.undefined)
                 for _, name in shown
             ]
+            cells += [str(row.images), str(len(row.unreadable))] if unlike else []
             cells += [f"{row.milliseconds:.0f}", "" if row.peak_mib is None else f"{row.peak_mib:.0f}"]
             if trained:
                 cells.append("" if row.training_seconds is None else f"{row.training_seconds:.0f} s")
@@ -117,9 +123,9 @@ def tables(rows: Sequence[Row], fought: Sequence[Duel]) -> list[Table]:
         most = max(row.metrics["auroc"][0] for row in members)
         best = {(i, 0) for i, row in enumerate(members) if row.metrics["auroc"][0] == most}
         most_seeds = max(row.seeds for row in members)
-        unreadable = members[0].unreadable
-        about = f"{members[0].images} test images, " + f"{len(unreadable)} unreadable, " * bool(unreadable)
-        about += f"{most_seeds} seed{'s' * (most_seeds > 1)}"
+        unreadable = len(members[0].unreadable)
+        about = f"{members[0].images} test images, " + f"{unreadable} unreadable, " * bool(unreadable)
+        about = f"{'' if unlike else about}{most_seeds} seed{'s' * (most_seeds > 1)}"
         about += f" × {members[0].draws} draw{'s' * (members[0].draws > 1)}" if shots else ""
         title = f"{task}{f', K = {shots}' if shots else ''} ({about})"
         sections.append(Table(title, columns, lines, _notes(members), bold=best))
@@ -130,8 +136,8 @@ def tables(rows: Sequence[Row], fought: Sequence[Duel]) -> list[Table]:
 
 def _notes(members: Sequence[Row]) -> str:
     """What is unreadable and what cannot be had, of the rows of a task at some K."""
-    unreadable, images = members[0].unreadable, members[0].images
-    left_out = count_unreadable(unreadable, images + len(unreadable))
+    most = max(members, key=lambda row: len(row.unreadable))
+    left_out = count_unreadable(most.unreadable, most.images + len(most.unreadable))
     undefined = tell_undefined(("", row.undefined) for row in members)
     return " ".join(told for told in (left_out, undefined) if told)
 
@@ -157,8 +163,8 @@ def _overview(rows: Sequence[Row], *, teachers: bool) -> Table:
     tops = {k: max((mean for other, mean in means if other == k and not np.isnan(mean)), default=None) for k in ks}
     best = {(place, 0) for place, i in enumerate(order) if means[i][1] == tops[means[i][0]]}
     columns = ["method", *["teacher"] * teachers, *["K"] * shots, *tasks, "mean"]
-    counts = {row.place.task: len(row.unreadable) for row in rows if row.unreadable}
-    note = ", ".join(f"{task} {count}" for task, count in counts.items())
+    most = {task: max(len(row.unreadable) for row in rows if row.place.task == task) for task in tasks}
+    note = ", ".join(f"{task} {count}" for task, count in most.items() if count)
     note = f"Unreadable test images, left out: {note}." if note else ""
     return Table("Image AUROC by task", columns, [lines[i] for i in order], note, bold=best)
 
