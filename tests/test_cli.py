@@ -540,6 +540,25 @@ def test_evaluations_that_cannot_be_made_are_one_line(words, message, refused, w
     assert message in refused("evaluate", "--model", world / "model", "--data", world / "ph", *words)
 
 
+def test_evaluate_counts_unreadable_images_on_the_terminal(run, world, tmp_path):
+    for seed, name in enumerate(
+        ("train/good/0", "train/good/1", "test/good/0", "test/good/1", "test/bad/0", "test/bad/1")
+    ):
+        write_png(tmp_path / f"liver/{name}.png", seed)
+    words = ("evaluate", "--model", world / "model", "--data", tmp_path / "liver", "--shots=[1]", "--draws=1")
+    assert "unreadable" not in run(*words).out
+    for name in ("test/good/1", "test/bad/0"):
+        (tmp_path / f"liver/{name}.png").write_bytes(b"")
+    code, out, err = run(*words)
+    assert (code, err) == (0, "")
+    (line,) = [line for line in out.splitlines() if "the first" in line]
+    assert line.startswith("2 of 4 test images are unreadable and left out of all figures; the first: ")
+    assert ".png" in line
+    assert "2 test images, 2 unreadable" in out
+    assert ": 1 support draw " in out
+    assert "it needs 2 images of a class, there is 1 normal one" in out
+
+
 def test_evaluating_a_set_of_one_class_is_one_line(refused, world, tmp_path):
     for seed, name in enumerate(("train/good/0", "train/good/1", "train/good/2", "test/good/0", "test/good/1")):
         write_png(tmp_path / f"liver/{name}.png", seed)

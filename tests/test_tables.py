@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from anatomaly.tables import Table, csv_bytes, mean_sd
+from anatomaly.tables import Table, csv_bytes, interval_text, mean_sd
 
 NAN = float("nan")
 TABLE = Table(
@@ -56,7 +56,13 @@ def test_a_file_name_that_is_not_unicode_stays_readable():
 
 
 @pytest.mark.parametrize(
-    ("mean", "sd", "shown"), [(0.75, 0.02, "0.750 ± 0.020"), (0.75, NAN, "0.750"), (0.75, 1e-8, "0.750")]
+    ("mean", "sd", "shown"),
+    [(0.75, 0.02, "0.750 ± 0.020"), (0.75, NAN, "0.750"), (0.75, 1e-8, "0.750"), (NAN, NAN, "–")],
 )
-def test_a_deviation_of_nothing_is_not_shown(mean, sd, shown):
+def test_a_deviation_or_mean_of_nothing_is_not_shown(mean, sd, shown):
     assert mean_sd(mean, sd) == shown
+
+
+def test_an_interval_that_is_not_there_is_a_dash():
+    assert interval_text(0.25, 1.0) == "0.250 to 1.000"
+    assert interval_text(0.25, NAN) == interval_text(NAN, NAN, sign="+") == "–"

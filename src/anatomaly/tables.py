@@ -97,13 +97,30 @@ def escaped(value: object) -> str:
 
 
 def mean_sd(mean: float, sd: float) -> str:
-    """`0.750 ± 0.021`, or `0.750` where there is no deviation.
+    """`0.750 ± 0.021`, `0.750` where there is no deviation, `–` where there is no mean.
 
     Args:
-        mean: Of some values.
+        mean: Of some values, or NaN.
         sd: Their standard deviation, NaN of a single one.
     """
+    if math.isnan(mean):
+        return "–"
     return f"{mean:.3f}" if math.isnan(sd) or sd < 5e-7 else f"{mean:.3f} ± {sd:.3f}"
+
+
+def interval_text(low: float, high: float, *, sign: str = "-") -> str:
+    """`0.500 to 1.000`, or `–` where there is no interval.
+
+    Args:
+        low: Its lower end, or NaN.
+        high: Its upper end, or NaN.
+        sign: "+" shows the sign of positive numbers too.
+
+    Example:
+        >>> interval_text(-0.25, 0.5, sign="+")
+        '-0.250 to +0.500'
+    """
+    return "–" if math.isnan(low) or math.isnan(high) else f"{low:{sign}.3f} to {high:{sign}.3f}"
 
 
 def _html(text: str, bold: bool) -> str:

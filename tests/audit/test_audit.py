@@ -17,7 +17,7 @@ from anatomaly.audit.files import is_table, run_files
 from anatomaly.audit.measure import Runs, measure
 from anatomaly.audit.model import kept_checkpoints, run_model
 from anatomaly.audit.published import RunScores, shuffled_loader
-from anatomaly.audit.words import explain, table_of, write_audit
+from anatomaly.audit.words import explain, table_of, tell_unreadable, write_audit
 from anatomaly.backbones.weights import state_digest
 from anatomaly.cli import main
 from anatomaly.data.manifest import Manifest, load_manifest, write_csv
@@ -101,6 +101,18 @@ def test_unreadable_images_are_listed_and_counted(scans, make_detector, tmp_path
     audit = measure(runs)
     assert (audit.result("sound").scored, audit.result("sound").total) == (35, 36)
     assert "broken.png" in explain(audit)
+    line = tell_unreadable(audit)
+    assert line == f"1 of 36 test images is unreadable and left out of all figures; the first: {runs.unreadable[0][1]}"
+    assert "broken.png" in line
+    assert "\n" not in line
+    table = table_of(audit)
+    assert [row[table.columns.index("unreadable")] for row in table.rows] == ["1"] * 3
+    write_audit(audit, tmp_path / "out")
+    figures = list(csv.DictReader(io.StringIO((tmp_path / "out/audit.csv").read_text())))
+    assert {figure["unreadable"] for figure in figures} == {"1"}
+    facts = json.loads((tmp_path / "out/audit.json").read_text())
+    assert {each["unreadable"] for each in facts["protocols"].values()} == {1}
+    assert "unreadable" not in table_of(measure(replace(runs, unreadable=()))).columns
 
 
 @pytest.fixture
@@ -231,6 +243,38 @@ def test_what_is_undefined_is_said_and_not_a_number_in_no_file(tmp_path):
     assert "NaN" not in (tmp_path / "audit.json").read_text()
     assert json.loads((tmp_path / "audit.json").read_text())["protocols"]["published-pdd"]["auroc"] is None
     assert Image.open(tmp_path / "audit.png").width == 2000
+
+
+def test_a_figure_that_cannot_be_had_is_a_dash_with_the_reason(tmp_path):
+    """Two draws of five images, one of them anomalous: a single batch of ten."""
+    few = [0, 1, 2, 3, 12]
+    draws = []
+    for draw in runs_of([1.0, 0.5]).draws:
+        values = draw.alone[few]
+        draws.append(RunScores(values, values, None))
+    whole = runs_of([1.0])
+    labels = np.array([0, 0, 0, 0, 1])
+    samples = tuple(whole.samples[i] for i in few)
+    audit = measure(replace(whole, samples=samples, labels=labels, draws=tuple(draws)))
+    sound, first = audit.results
+    assert np.isfinite(sound.auroc)
+    assert np.isnan(sound.interval[1:]).all()
+    assert np.isnan(first.draws).all()
+    table = table_of(audit)
+    assert list(table.rows[1]) == ["published-pdd", "–", "–", "–", "–", "1 of 5", "–"]
+    assert table.rows[0][2] == "–"
+    one = "sound: 95 % interval (it needs 2 images of a class, there is 1 anomalous one)"
+    other = "image AUROC, AP, F1max, 95 % interval (it needs both classes, the one image scored is anomalous)"
+    assert table.note == f"– stands for what cannot be had: {one}; published-pdd: {other}."
+    write_audit(audit, tmp_path)
+    text = (tmp_path / "audit.md").read_text()
+    assert table.note in text
+    assert "nan" not in text
+    assert ",  for" not in text
+    facts = json.loads((tmp_path / "audit.json").read_text())["protocols"]
+    assert facts["sound"]["interval"] == [None, None]
+    assert facts["sound"]["undefined"].keys() == {"interval"}
+    assert facts["published-pdd"]["ap"] is None
 
 
 def test_the_files_hold_the_figures(tmp_path):
@@ -408,7 +452,10 @@ def test_a_failed_row_is_listed_and_counted(foreign):
         "03.png": "the tool broke",
         "07.png": "the table has no row for it",
     }
-    assert measure(runs).result("sound").total == 40
+    audit = measure(runs)
+    assert audit.result("sound").total == 40
+    line = "2 of 40 test images are without a score and left out of all figures; the first: 03.png: the tool broke"
+    assert tell_unreadable(audit) == line
 
 
 def test_labels_come_from_the_table_where_the_manifest_has_none(foreign):
@@ -528,6 +575,18 @@ def test_the_command_tells_and_writes(run, scans, kept, tmp_path):
     facts = json.loads((tmp_path / "out/audit.json").read_text())
     assert (facts["draws"], facts["shots"], list(facts["epochs"])) == (2, 1, list(facts["protocols"]))
     assert f"{facts['protocols']['sound']['auroc']:.3f}" in out
+
+
+def test_the_command_counts_unreadable_images(run, scans, make_detector, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    rows = (*scans.samples, Sample(broken, TASK, "test", 1))
+    write_csv(replace(scans, samples=rows), tmp_path / "table.csv")
+    make_detector("nearest").save(tmp_path / "model")
+    words = ("--out", tmp_path / "out", "--draws", 1, "--shots", 1)
+    code, out, err = run("audit", tmp_path / "model", tmp_path / "table.csv", *words)
+    assert (code, err) == (0, "")
+    assert len([line for line in out.splitlines() if line.startswith("1 of 36 test images is unreadable")]) == 1
 
 
 def test_the_command_fails_in_one_line(run, foreign, scans, kept, tmp_path):

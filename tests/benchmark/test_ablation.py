@@ -12,7 +12,8 @@ from test_grid import Here
 
 from anatomaly.backbones import build_backbone
 from anatomaly.benchmark import run as runner
-from anatomaly.benchmark.ablation import AblationRow, ablated_methods, entries_of, run_ablation, table_of
+from anatomaly.benchmark.ablation import AblationRow, ablated_methods, entries_of, run_ablation, summarise, table_of
+from anatomaly.benchmark.leaderboard import read_cells
 from anatomaly.cli import main
 from anatomaly.config import FitConfig, MethodConfig, TeacherConfig, TrainingConfig
 from anatomaly.detector.detector import Detector
@@ -223,6 +224,50 @@ def test_a_table_has_a_column_per_task_and_leaves_gaps():
     table = table_of(rows)
     assert table.columns == ["row", "a", "b"]
     assert table.rows == [["x", "0.500 (0.400 to 0.600)", ""], ["y", "", "0.750 ± 0.125 (0.500 to 1.000)"]]
+
+
+def test_the_table_counts_unreadable_images_and_says_why_there_is_no_interval():
+    nan, reason = float("nan"), "it needs 2 images of a class, there is 1 normal one"
+    rows = [
+        AblationRow("a", "x", 1, 1.0, nan, nan, nan, undefined={"interval": reason}),
+        AblationRow("b", "x", 2, 0.75, 0.125, 0.5, 1.0, unreadable=3),
+    ]
+    table = table_of(rows)
+    cells = ["x", "1.000 (–)", "0.750 ± 0.125 (0.500 to 1.000)"]
+    assert table.rows == [cells, ["unreadable test images", "0", "3"]]
+    assert table.note == f"– stands for what cannot be had: a: 95 % interval ({reason})."
+
+
+def test_unreadable_and_lonely_images_reach_the_files(phantom, tmp_path):
+    """Of one task, three of four anomalous images are unreadable."""
+    tests = [row for row in phantom if (row.task, row.split, row.label) == ("head_ct", "test", 1)]
+    (tmp_path / "broken.png").write_bytes(b"")
+    rows = tuple(
+        replace(row, path=tmp_path / "broken.png", frame=tests.index(row), mask=None) if row in tests[:3] else row
+        for row in phantom
+    )
+    results, failures = run_ablation(
+        replace(phantom, samples=rows), tmp_path / "out", BASE, **{**FEW_SHOT, "rows": FEW_SHOT["rows"][1:]}
+    )
+    assert failures == []
+    assert [(row.unreadable, row.undefined.keys()) for row in results] == [(3, {"interval"})]
+    with (tmp_path / "out/ablation.csv").open(newline="") as stream:
+        _, figures, counts = csv.reader(stream)
+    assert figures[1].endswith("(–)")
+    assert counts == ["unreadable test images", "3"]
+    assert (
+        "95 % interval (it needs 2 patients of a class, there is 1 anomalous one)"
+        in (tmp_path / "out/ablation.md").read_text()
+    )
+
+
+def test_seeds_that_scored_other_images_are_not_one_row(finished):
+    out, _ = finished
+    cells = read_cells(sorted(out.glob("cells/head_ct/TSD_only/*/k2_seed_*")))
+    assert len(cells) == 2
+    fewer = replace(cells[1], images=cells[1].images[1:], labels=cells[1].labels[1:], scores=cells[1].scores[:, 1:])
+    with pytest.raises(ConfigError, match="scored other images"):
+        summarise([cells[0], fewer])
 
 
 def test_a_one_class_method_sees_the_judged_task_only_and_others_all_but_it(finished, phantom, tmp_path, work):

@@ -129,7 +129,80 @@ def test_a_seed_that_only_one_has_finished_takes_no_part():
 def test_one_image_or_patient_of_a_class_is_not_compared(groups):
     labels = CELLS[0].labels if groups else (np.arange(N) == 7).astype(int)
     lonely = [replace(c, labels=labels, groups=groups) for c in CELLS]
-    assert duels(lonely, reference="nearest") == []
+    unit, which = ("patients", "normal") if groups else ("images", "anomalous")
+    fought = duels(lonely, reference="nearest")
+    assert len(fought) == 12
+    for duel in fought:
+        difference, *unknown = duel.difference
+        assert -1 <= difference <= 1
+        assert np.isnan([*unknown, duel.adjusted]).all()
+        single = f"a comparison needs 2 {unit} of a class, there is 1 {which} one"
+        assert duel.reason == ("a task has none" if duel.place.task == ALL_TASKS else single)
+    one, two = (
+        [c for c in lonely if (c.entry, c.task, c.shots) == (entry, "chest", 2)] for entry in ("good", "nearest")
+    )
+    means = [np.mean([roc_auc_score(labels, row) for c in side for row in c.scores]) for side in (one, two)]
+    found = next(d for d in fought if d.place == Place("chest", 2, "good", "lite0"))
+    assert found.difference.difference == pytest.approx(means[0] - means[1])
+
+
+def test_other_duels_are_as_if_those_without_p_had_not_been():
+    alone = [replace(c, labels=(np.arange(N) == 7).astype(int)) if c.task == "chest" else c for c in CELLS]
+    fought = duels(alone, reference="nearest")
+    brain = [d for d in fought if d.place.task == "brain"]
+    assert brain == duels([c for c in CELLS if c.task == "brain"], reference="nearest")
+    over_all = [d for d in fought if d.place.task == ALL_TASKS]
+    assert len(over_all) == 4
+    assert all(np.isnan(d.difference.p) and np.isfinite(d.difference.difference) for d in over_all)
+
+
+def test_what_cannot_be_had_is_a_dash_with_the_reason(tmp_path):
+    """One anomalous image, and patients of one class."""
+    reasons = {"patient_auroc": "it needs both classes, all 3 patients are anomalous"}
+    labels = (np.arange(N) == 7).astype(int)
+    lonely = [replace(c, labels=labels, undefined=reasons) for c in CELLS]
+    rows, fought = write_leaderboard(lonely, tmp_path, reference="nearest")
+    assert all(np.isnan([row.low, row.high]).all() for row in rows)
+    for line in written(tmp_path / "leaderboard.csv"):
+        assert (line["auroc_low"], line["auroc_high"], line["patient_auroc"]) == ("", "", "")
+        assert float(line["auroc"]) >= 0
+    for line in written(tmp_path / "comparisons.csv"):
+        assert (line["low"], line["high"], line["p"], line["p_holm"]) == ("", "", "", "")
+        assert -1 <= float(line["difference"]) <= 1
+    section = next(s for s in tables(rows, fought) if s.title.startswith("brain, K = 2"))
+    for name in ("95 % interval", "patient AUROC"):
+        assert {line[section.columns.index(name)] for line in section.rows} == {"–"}
+    why = "95 % interval (it needs 2 images of a class, there is 1 anomalous one)"
+    against = next(s for s in tables(rows, fought) if s.title.endswith("task by task"))
+    for name in ("95 % interval", "p", "p (Holm)"):
+        assert {line[against.columns.index(name)] for line in against.rows} == {"–"}
+    assert against.bold == set()
+    for file in ("leaderboard.md", "leaderboard.html"):
+        text = (tmp_path / file).read_text()
+        assert "nan" not in text
+        assert why in text
+        assert f"patient AUROC ({reasons['patient_auroc']})" in text
+        assert "brain: 95 % interval (a comparison needs 2 images of a class, there is 1 anomalous one)" in text
+
+
+def test_unreadable_images_are_counted_in_every_table(tmp_path):
+    damaged = [
+        replace(c, unreadable=("x.png: is empty.", "y.png: is cut off.")) if c.task == "brain" else c for c in CELLS
+    ]
+    rows, _ = write_leaderboard(damaged, tmp_path, reference="nearest")
+    counts = {(line["task"], line["unreadable"]) for line in written(tmp_path / "leaderboard.csv")}
+    assert counts == {("brain", "2"), ("chest", "0")}
+    counts = {(line["task"], line["unreadable"]) for line in written(tmp_path / "comparisons.csv")}
+    assert counts == {("brain", "2"), ("chest", "0"), (ALL_TASKS, "2")}
+    for file in ("leaderboard.md", "leaderboard.html"):
+        text = (tmp_path / file).read_text()
+        assert text.count("brain, K = 2 (60 test images, 2 unreadable, 3 seeds × 2 draws)") == 1
+        assert text.count("chest, K = 2 (60 test images, 3 seeds × 2 draws)") == 1
+        assert "2 of 62 test images are unreadable and left out of all figures; the first: x.png: is empty." in text
+        assert "Unreadable test images, left out: brain 2." in text
+    assert [row[1:] for row in map(list, tables(rank(CELLS), [])[0].rows)] == [
+        row[1:] for row in tables(rows, [])[0].rows
+    ]
 
 
 def test_rows_of_fewer_seeds_say_so():
@@ -180,6 +253,29 @@ def test_patients_widen_the_intervals():
     }
     assert alone.keys() == by_patient.keys()
     assert any(by_patient[place].p != alone[place].p for place in alone)
+
+
+def test_rows_of_other_images_have_counts_of_their_own(tmp_path):
+    """What one preparation refuses another may read."""
+    brain = [c for c in CELLS if (c.task, c.shots) == ("brain", 2)]
+    unlike = [
+        replace(c, images=c.images[1:], labels=c.labels[1:], scores=c.scores[:, 1:], unreadable=("x.png: refused.",))
+        if c.entry == "fair"
+        else c
+        for c in brain
+    ]
+    (section,) = tables(write_leaderboard(unlike, tmp_path, reference=None)[0], [])
+    assert section.title == "brain, K = 2 (3 seeds × 2 draws)"
+    place = section.columns.index("images")
+    assert section.columns[place + 1] == "unreadable"
+    assert {line[0]: line[place : place + 2] for line in section.rows} == {
+        "good": ["60", "0"],
+        "fair": ["59", "1"],
+        "nearest": ["60", "0"],
+    }
+    assert section.note.startswith("1 of 60 test images is unreadable")
+    assert all(len(line) == len(section.columns) for line in section.rows)
+    assert "images" not in tables(rank(brain), [])[0].columns
 
 
 # --- the files ---
@@ -262,8 +358,11 @@ def stored(folder, **changes):
         **changes,
     }
     (folder / "cell.json").write_text(json.dumps(facts))
+    facts = {"unreadable": ["z.png: is empty."], "undefined": {"dice_max": "no mask"}}
+    (folder / "evaluation.json").write_text(json.dumps([facts]))
     (folder / "draws.csv").write_text(
-        "task,shots,draw,supports,auroc,aupro\nbrain,2,0,a.png;b.png,0.5,\nbrain,2,1,c.png;d.png,1.0,0.25\n"
+        "task,shots,draw,supports,unreadable,auroc,aupro\n"
+        "brain,2,0,a.png;b.png,1,0.5,\nbrain,2,1,c.png;d.png,1,1.0,0.25\n"
     )
     (folder / "test_scores.csv").write_text(
         "task,shots,draw,path,frame,patient,label,score\n"
@@ -280,15 +379,19 @@ def test_a_cell_is_read_back(tmp_path):
     assert found.groups == ("p1", "p2")
     assert found.metrics == ({"auroc": 0.5}, {"auroc": 1.0, "aupro": 0.25})
     assert (found.seconds, found.peak_mib, found.training["seconds"]) == (2.5, None, 3.0)
+    assert (found.unreadable, found.undefined) == (("z.png: is empty.",), {"dice_max": "no mask"})
 
 
 def test_a_cell_of_an_earlier_version_is_read_back(tmp_path):
-    """Its table of scores was called like that of `predict`."""
+    """Its table of scores was called like that of `predict`, and nothing was said of what cannot be had."""
     folder = stored(tmp_path / "a")
     (now,) = read_cells([folder])
     (folder / "test_scores.csv").rename(folder / "scores.csv")
+    (folder / "evaluation.json").write_text('[{"unreadable": ["z.png: is empty."]}]')
+    draws = folder / "draws.csv"
+    draws.write_text(draws.read_text().replace(",unreadable", "").replace("png,1,", "png,"))
     (then,) = read_cells([folder])
-    assert str(then) == str(now)
+    assert str(then) == str(replace(now, undefined={}))
 
 
 def test_one_unknown_patient_means_no_patients(tmp_path):
@@ -298,9 +401,9 @@ def test_one_unknown_patient_means_no_patients(tmp_path):
     assert read_cells([folder])[0].groups is None
 
 
-@pytest.mark.parametrize("name", ["test_scores.csv", "draws.csv", "cell.json"])
+@pytest.mark.parametrize("name", ["test_scores.csv", "draws.csv", "cell.json", "evaluation.json"])
 def test_a_damaged_cell_is_named(tmp_path, name):
     folder = stored(tmp_path / "a")
-    (folder / name).write_text("{" if name == "cell.json" else "draw,score,auroc,path\n0,x,y,z\n")
+    (folder / name).write_text("[]" if name.endswith(".json") else "draw,score,auroc,path\n0,x,y,z\n")
     with pytest.raises(ConfigError, match="damaged cell"):
         read_cells([folder])

@@ -21,7 +21,7 @@ from anatomaly.errors import ConfigError, ManifestError
 from anatomaly.evaluation import evaluate as evaluation
 from anatomaly.evaluation.cells import read_evaluation, write_evaluations
 from anatomaly.evaluation.evaluate import evaluate
-from anatomaly.evaluation.evaluation import pooled, table_of
+from anatomaly.evaluation.evaluation import pooled, table_of, tell_unreadable
 from anatomaly.evaluation.metrics import auroc, bootstrap, image_metrics, pool_by_patient
 from anatomaly.evaluation.pixel_metrics import pixel_metrics
 from anatomaly.types import Intensity, Preprocessing
@@ -178,6 +178,43 @@ def test_an_unreadable_test_image_is_reported_and_left_out(results, phantom, mak
     ]
 
 
+def broken(manifest, folder, *rows):
+    """The manifest with these rows unreadable."""
+    file = folder / "broken.png"
+    file.write_bytes(b"\x89PNG\r\n\x1a\n")
+    return changed(manifest, lambda row: replace(row, path=file, frame=rows.index(row)) if row in rows else row)
+
+
+def test_unreadable_test_images_are_counted_in_every_table(phantom, make_detector, tmp_path):
+    rows = judged(phantom)
+    damaged = broken(phantom, tmp_path, rows[0], rows[5])
+    results = evaluate(make_detector("nearest"), damaged, task=TASK, shots=(1, 2), draws=2)
+    reason = results[0].unreadable[0][1]
+    line = f"2 of 8 test images are unreadable and left out of all figures; the first: {reason}"
+    assert tell_unreadable(results) == line, "an image counts once, whatever the number of K"
+    assert "2 support draws, 6 test images, 2 unreadable." in table_of([("", result) for result in results]).note
+    facts = json.loads(_written(results, tmp_path / "out", "evaluation.json"))
+    assert [(len(each["unreadable"]), each["images"]) for each in facts] == [(2, 6)] * 2
+    draws = list(csv.DictReader((tmp_path / "out/draws.csv").open(newline="", encoding="utf-8")))
+    assert [row["unreadable"] for row in draws] == ["2"] * 4
+    write_evaluations(results[:1], tmp_path / "one")
+    assert len(read_evaluation(tmp_path / "one").unreadable) == 2
+
+
+def test_several_tasks_have_a_count_each(phantom, make_detector, tmp_path):
+    damaged = broken(phantom, tmp_path, judged(phantom)[0])
+    both = [evaluate(make_detector("pdd"), damaged, task=task)[0] for task in (TASK, "brain_mr")]
+    table = table_of([("", result) for result in (*both, pooled(both))])
+    assert table.columns[-2:] == ["images", "unreadable"]
+    assert [row[-2:] for row in table.rows] == [["7", "1"], ["8", "0"], ["15", "1"]]
+    assert "test images." not in table.note
+    assert tell_unreadable([*both, pooled(both)]).startswith("1 of 16 test images is unreadable")
+    sound = table_of([("", each) for each in (both[1], replace(both[1], task="other"))])
+    assert sound.columns[-1] == "images"
+    assert [row[-1] for row in sound.rows] == ["8", "8"]
+    assert tell_unreadable(both[1:]) == ""
+
+
 def test_losing_a_class_to_unreadable_files_is_one_clear_error(phantom, make_detector, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"\x89PNG\r\n\x1a\n")
@@ -210,6 +247,73 @@ def test_missing_labels_and_classes_are_refused(phantom, make_detector):
 def test_impossible_draws_are_refused(arguments, message, phantom, make_detector):
     with pytest.raises(ConfigError, match=message):
         evaluate(make_detector(), phantom, task=TASK, **arguments)
+
+
+def nan_free(text):
+    """JSON without NaN, which is no JSON."""
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def only(manifest, normal, anomalous):
+    """The manifest with this many test images of either class."""
+    rows = judged(manifest)
+    kept = {
+        row for label, count in enumerate((normal, anomalous)) for row in [r for r in rows if r.label == label][:count]
+    }
+    return changed(manifest, lambda row: row if row.split != "test" or row in kept else None)
+
+
+def test_where_every_patient_is_anomalous_there_is_no_patient_auroc(phantom, make_detector, tmp_path):
+    """Normal slices of patients who also have lesions."""
+    rows = judged(phantom)
+    owner = {row: f"p{i % 4}" for label in (0, 1) for i, row in enumerate(r for r in rows if r.label == label)}
+    slices = changed(phantom, lambda row: replace(row, patient_id=owner.get(row)) if row.split == "test" else row)
+    (result,) = evaluate(make_detector("nearest"), slices, task=TASK, shots=(2,), draws=2)
+    assert all(draw.keys() == IMAGE | PIXEL for draw in result.metrics)
+    reason = "it needs both classes, all 4 patients are anomalous"
+    assert result.undefined == {"patient_auroc": reason}
+    assert result.interval.low < result.interval.high, "patients can be resampled"
+    table = table_of([("", result)])
+    assert table.rows[0][table.columns.index("patient AUROC")] == "–"
+    assert f"– stands for what cannot be had: patient AUROC ({reason})." in table.note
+    (facts,) = nan_free(_written([result], tmp_path, "evaluation.json"))
+    assert facts["metrics"]["patient_auroc"] == {"mean": None, "sd": None}
+    assert facts["undefined"] == {"patient_auroc": reason}
+    draws = list(csv.DictReader((tmp_path / "draws.csv").open(newline="", encoding="utf-8")))
+    assert [row["patient_auroc"] for row in draws] == ["", ""]
+    stored = read_evaluation(tmp_path)
+    assert (stored.metrics, stored.undefined, stored.unreadable) == (result.metrics, result.undefined, ())
+
+
+@pytest.mark.parametrize(("normal", "anomalous", "which"), [(4, 1, "anomalous"), (1, 4, "normal"), (1, 1, "normal")])
+def test_one_image_of_a_class_has_no_interval(normal, anomalous, which, phantom, make_detector, tmp_path):
+    few = only(phantom, normal, anomalous)
+    (result,) = evaluate(make_detector("nearest"), few, task=TASK, shots=(2,), draws=1)
+    assert 0 <= result.interval.value == result.metrics[0]["auroc"] <= 1
+    reason = f"it needs 2 patients of a class, there is 1 {which} one"
+    assert result.undefined == {"interval": reason}
+    table = table_of([("", result)])
+    assert table.rows[0][table.columns.index("95 % interval")] == "–"
+    assert f"95 % interval ({reason})" in table.note
+    (facts,) = nan_free(_written([result], tmp_path, "evaluation.json"))
+    assert facts["auroc_interval"] == [None, None]
+    assert facts["undefined"] == {"interval": reason}
+    assert "interval" not in (tmp_path / "draws.csv").read_text().splitlines()[0]
+
+
+def test_over_all_tasks_there_may_be_an_interval_where_a_task_has_none(phantom, make_detector):
+    one = only(phantom, 4, 1).select(task=TASK)
+    rows = (*one.samples, *phantom.select(task="brain_mr").samples)
+    both = replace(phantom, samples=rows)
+    results = [evaluate(make_detector("pdd"), both, task=task)[0] for task in (TASK, "brain_mr")]
+    whole = pooled(results)
+    assert [bool(result.undefined) for result in (*results, whole)] == [True, False, False]
+    assert f"{TASK}: 95 % interval (it needs 2 patients" in table_of([("", each) for each in (*results, whole)]).note
+    assert pooled(results[:1]).undefined == results[0].undefined
 
 
 def small_mask(folder):
@@ -264,6 +368,13 @@ def test_without_any_usable_mask_the_image_metrics_stand(phantom, make_detector,
     assert result.metrics[0].keys() == IMAGE | {"patient_auroc"}
     assert [row for row, _ in result.unusable_masks] == [row for row in judged(wrong) if row.mask is not None]
     assert result.pixel_bounds == ()
+    reason = "it needs both classes, there is no lesion pixel in a mask that can be used"
+    assert result.undefined == dict.fromkeys(("pixel_auroc", "aupro", "dice_max", "dice_floor"), reason)
+    table = table_of([("", result)])
+    assert [table.rows[0][table.columns.index(name)] for name in ("pixel AUROC", "AUPRO", "Dice max")] == ["–"] * 3
+    assert f"pixel AUROC, AUPRO, Dice max ({reason})" in table.note
+    (facts,) = nan_free(_written([result], tmp_path / "out", "evaluation.json"))
+    assert facts["metrics"]["aupro"] == {"mean": None, "sd": None}
 
 
 def test_pixel_metrics_are_within_their_written_bounds(results, phantom, make_detector, tmp_path):
@@ -441,9 +552,10 @@ def test_the_table_shows_mean_and_deviation_and_leaves_unmeasured_cells_empty(re
 
 
 def test_a_single_draw_shows_no_deviation(results):
-    one = replace(results[0], metrics=results[0].metrics[:1])
+    one = replace(results[0], metrics=results[0].metrics[:1], supports=results[0].supports[:1])
     table = table_of([("", one)])
     assert table.rows[0][table.columns.index("image AUROC")] == f"{one.metrics[0]['auroc']:.3f}"
+    assert "One support draw, no deviation, 8 test images." in table.note
 
 
 def _written(results, out, name):

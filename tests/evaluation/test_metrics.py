@@ -12,6 +12,7 @@ from anatomaly.evaluation.metrics import (
     auroc,
     bootstrap,
     image_metrics,
+    no_interval,
     pool_by_patient,
     summarise_draws,
 )
@@ -171,16 +172,42 @@ def test_copies_of_a_patients_image_add_no_certainty_when_grouped():
 
 
 def test_groups_are_resampled_whole_and_every_resample_has_both_classes():
-    """Only patient a has a normal image: stratified by "any image anomalous" alone, a could go missing."""
-    scores, labels = [1.0, 2.0, 3.0, 4.0, 5.0], [0, 1, 1, 1, 1]
+    """Only patients a and d have normal images: stratified by "any image anomalous" alone, both could go missing."""
+    scores, labels = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0], [0, 1, 1, 1, 1, 0, 1]
     draws = []
 
     def metric(drawn, classes):
         draws.append(sorted(drawn.tolist()))
         return auroc(drawn, classes)
 
-    bootstrap(metric, scores, labels, groups=["a", "a", "b", "b", "c"], samples=60)
-    assert {tuple(draw) for draw in draws} == {(1, 2, 3, 4, 5), (1, 2, 3, 3, 4, 4), (1, 2, 5, 5)}
+    bootstrap(metric, scores, labels, groups=["a", "a", "b", "b", "c", "d", "d"], samples=90)
+    both, only = [(1, 1, 2, 2), (1, 2, 6, 7), (6, 6, 7, 7)], [(3, 3, 4, 4), (3, 4, 5), (5, 5)]
+    assert {tuple(draw) for draw in draws} == {tuple(sorted(one + other)) for one in both for other in only}
+
+
+@pytest.mark.parametrize(
+    ("labels", "groups", "reason"),
+    [
+        ([0, 0, 0, 1], None, "it needs 2 images of a class, there is 1 anomalous one"),
+        ([0, 1, 1, 1], None, "it needs 2 images of a class, there is 1 normal one"),
+        ([0, 1, 0, 1], "aabb", None),
+        ([0, 1, 0, 0], "aabb", "it needs 2 patients of a class, there is 1 anomalous one"),
+        ([0, 0, 1, 1], "aabc", "it needs 2 patients of a class, there is 1 normal one"),
+        ([0, 0, 1, 1], "aabb", "it needs 2 patients of a class, there is 1 normal one"),
+        (
+            [0, 0, 1, 1],
+            "abbc",
+            "it needs 2 patients alike, there is 1 with normal images only and 1 with images of both",
+        ),
+        ([0, 0, 1, 1], "abcd", None),
+    ],
+)
+def test_an_interval_that_cannot_be_had_is_nan_with_the_reason(labels, groups, reason):
+    value, low, high = bootstrap(auroc, [1.0, 2.0, 3.0, 4.0], labels, groups=groups and list(groups), samples=20)
+    assert value == auroc([1.0, 2.0, 3.0, 4.0], labels)
+    assert [math.isnan(low), math.isnan(high)] == [reason is not None] * 2
+    found = no_interval(labels, groups and list(groups))
+    assert found is None if reason is None else found.startswith(reason)
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,15 @@ def test_progress_tells_every_epoch(finished):
     assert detector.facts.training["val_auroc"] == best["val_auroc"]
 
 
+def test_the_log_says_how_many_images_a_validation_rests_on(scans, tmp_path, one_teacher, caplog):
+    """One normal image of each of two tasks is held out."""
+    with caplog.at_level("INFO", logger="anatomaly"):
+        fit(scans, tmp_path / "model", settings(epochs=1))
+    (line,) = [record.getMessage() for record in caplog.records if "validation AUROC" in record.getMessage()]
+    assert line.endswith("from 2 normal images and as many with a pasted lesion")
+    assert [each["val_images"] for each in progress(tmp_path / "model")] == [2]
+
+
 def test_the_loss_falls(scans, tmp_path, one_teacher):
     fit(scans, tmp_path / "model", settings(epochs=8, validate_every=8, learning_rate=1e-2))
     ssd = [line["ssd"] for line in progress(tmp_path / "model")]
@@ -320,7 +329,7 @@ def test_a_method_without_weights_needs_no_training(scans, tmp_path):
 
 def test_the_best_epoch_is_kept_and_the_first_of_equals(scans, tmp_path, monkeypatch, one_teacher):
     figures = iter([0.5, 0.9, 0.9])
-    monkeypatch.setattr(Validation, "__call__", lambda self: {"val_auroc": next(figures)})
+    monkeypatch.setattr(Validation, "__call__", lambda self: {"val_auroc": next(figures), "val_images": 2})
     detector = fit(scans, tmp_path / "three", settings(epochs=3))
     assert {name: detector.facts.training[name] for name in ("best_epoch", "val_auroc")} == {
         "best_epoch": 1,
@@ -336,7 +345,7 @@ def test_the_best_epoch_is_remembered_when_a_run_goes_on(scans, tmp_path, monkey
     def validate(self):
         if isinstance(figure := next(figures), Killed):
             raise figure
-        return {"val_auroc": figure}
+        return {"val_auroc": figure, "val_images": 2}
 
     monkeypatch.setattr(Validation, "__call__", validate)
     with pytest.raises(Killed):

@@ -22,7 +22,7 @@ from anatomaly.audit.published import (
     other_file_names,
 )
 from anatomaly.errors import ManifestError
-from anatomaly.evaluation.metrics import Interval, auroc, bootstrap, image_metrics
+from anatomaly.evaluation.metrics import Interval, auroc, bootstrap, image_metrics, no_interval
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -66,6 +66,11 @@ class Runs:
     given: Floats | None = None
     notes: tuple[str, ...] = ()
 
+    @property
+    def total(self) -> int:
+        """Number of test images, those without a score included."""
+        return len(self.labels) + len(self.unreadable)
+
 
 @dataclass(frozen=True)
 class ProtocolResult:
@@ -80,6 +85,8 @@ class ProtocolResult:
         interval: Mean over the draws and its 95 % bootstrap interval over test images (patients where known).
         ap: Average precision, mean over the draws.
         f1max: Best F1 over all thresholds, chosen on these labels; mean over the draws.
+        unreadable: Images without a score, as they could not be read or the tool gave none.
+        undefined: Why figures cannot be had, by name: "auroc", "ap", "f1max", "interval".
     """
 
     protocol: str
@@ -90,6 +97,8 @@ class ProtocolResult:
     interval: Interval
     ap: float
     f1max: float
+    unreadable: int = 0
+    undefined: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def auroc(self) -> float:
@@ -232,11 +241,19 @@ def _result(protocol: str, runs: Runs, judged: Sequence[Judged]) -> ProtocolResu
     first = judged[0]
     scores = np.stack([one.scores for one in judged])
     patients = [runs.samples[place].patient_id for place in first.positions]
-    groups = [patient for patient in patients if patient is not None]
-    undefined = float("nan")
-    interval, ap, f1max = Interval(undefined, undefined, undefined), undefined, undefined
-    if len(np.unique(first.labels)) == 2:
-        interval = bootstrap(auroc, scores, first.labels, groups=groups if len(groups) == len(patients) else None)
+    known = [patient for patient in patients if patient is not None]
+    groups = known if len(known) == len(patients) else None
+    nan = float("nan")
+    interval, ap, f1max = Interval(nan, nan, nan), nan, nan
+    if len(np.unique(first.labels)) < 2:
+        kind = "anomalous" if first.labels.all() else "normal"
+        scored = f"all {len(first.labels)} images scored are" if len(first.labels) > 1 else "the one image scored is"
+        reason = f"it needs both classes, {scored} {kind}"
+        undefined = dict.fromkeys(("auroc", "ap", "f1max", "interval"), reason)
+    else:
+        lacking = no_interval(first.labels, groups)
+        undefined = {} if lacking is None else {"interval": lacking}
+        interval = bootstrap(auroc, scores, first.labels, groups=groups)
         figures = [image_metrics(row, first.labels) for row in scores]
         ap, f1max = (float(np.mean([figure[name] for figure in figures])) for name in ("ap", "f1max"))
     return ProtocolResult(
@@ -248,6 +265,8 @@ def _result(protocol: str, runs: Runs, judged: Sequence[Judged]) -> ProtocolResu
         interval=interval,
         ap=ap,
         f1max=f1max,
+        unreadable=len(runs.unreadable),
+        undefined=undefined,
     )
 
 

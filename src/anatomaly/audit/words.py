@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from anatomaly.audit.figure import draw_audit
 from anatomaly.audit.published import ACROSS, ACROSS_BATCH, FIRST, FIRST_BATCH, SOUND
+from anatomaly.evaluation.evaluation import count_unreadable, tell_undefined
 from anatomaly.evaluation.metrics import summarise_draws
 from anatomaly.files import write_whole
-from anatomaly.tables import Table
+from anatomaly.tables import Table, interval_text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,16 +34,26 @@ def write_audit(audit: Audit, out: Path) -> None:
 
 def table_of(audit: Audit) -> Table:
     """One row per evaluation."""
-    draws = len(audit.runs.draws)
+    draws, unreadable = len(audit.runs.draws), bool(audit.runs.unreadable)
     columns = ["evaluation", "image AUROC", "95 % interval", "AP", "F1max", "images scored"]
-    columns += ["best draw"] * (draws > 1)
+    columns += ["unreadable"] * unreadable + ["best draw"] * (draws > 1)
     rows = []
     for result in audit.results:
-        low, high = result.interval[1:]
-        cells = [result.protocol, mean_sd(result.draws), "" if math.isnan(low) else f"{low:.3f} to {high:.3f}"]
-        cells += [number(result.ap), number(result.f1max), f"{result.scored} of {result.total}"]
-        rows.append(cells + [f"{max(result.draws):.3f} ({_signed(result.luck)})"] * (draws > 1))
-    return Table(f"{audit.runs.source} on {audit.runs.task}", columns, rows)
+        shown = "–" if math.isnan(result.auroc) else mean_sd(result.draws)
+        best = "–" if math.isnan(result.auroc) else f"{max(result.draws):.3f} ({_signed(result.luck)})"
+        cells = [result.protocol, shown, interval_text(*result.interval[1:]), number(result.ap), number(result.f1max)]
+        cells += [f"{result.scored} of {result.total}", *[str(result.unreadable)] * unreadable]
+        rows.append(cells + [best] * (draws > 1))
+    note = tell_undefined((result.protocol, result.undefined) for result in audit.results)
+    return Table(f"{audit.runs.source} on {audit.runs.task}", columns, rows, note)
+
+
+def tell_unreadable(audit: Audit) -> str:
+    """How many test images have no score, in a line with the first reason; empty where all have one."""
+    runs = audit.runs
+    named = [why if sample.path.name in why else f"{sample.name}: {why}" for sample, why in runs.unreadable]
+    told = count_unreadable(named, runs.total)
+    return told if runs.method != "files" else told.replace("unreadable", "without a score", 1)
 
 
 def mean_sd(values: tuple[float, ...]) -> str:
@@ -54,8 +65,8 @@ def mean_sd(values: tuple[float, ...]) -> str:
 
 
 def number(value: float) -> str:
-    """Three digits, or nothing where undefined."""
-    return "" if math.isnan(value) else f"{value:.3f}"
+    """Three digits, or a dash where undefined."""
+    return "–" if math.isnan(value) else f"{value:.3f}"
 
 
 def _signed(value: float) -> str:
@@ -71,6 +82,7 @@ def explain(audit: Audit) -> str:
     runs = audit.runs
     normal = int((runs.labels == 0).sum())
     shots = "" if not runs.shots else f" K = {runs.shots} support images,"
+    table = table_of(audit)
     draws = f"{len(runs.draws)} support draws" if len(runs.draws) > 1 else "one run"
     lines = [
         f"# Audit of {runs.source} on {runs.task}",
@@ -79,8 +91,9 @@ def explain(audit: Audit) -> str:
         f"{len(runs.labels) - normal} anomalous test images. Image AUROC is the mean ± standard deviation over the "
         "draws; the interval is a bootstrap of that mean over test images (patients where known).",
         "",
-        table_of(audit).markdown(),
+        table.markdown(),
         "",
+        *([table.note, ""] if table.note else []),
         "![Image AUROC under every evaluation](audit.png)",
         "",
         "## What the figures mean",
@@ -185,8 +198,11 @@ def _together(audit: Audit) -> str:
     parts = []
     for habits in audit.as_released:
         epoch = "" if habits.epoch is None else f", epoch {habits.epoch} by test labels"
+        if math.isnan(habits.first):
+            parts.append(f"`{habits.protocol}`, not defined")
+            continue
         draws = f" for the first draw, {number(habits.luckiest)} for the luckiest" if several else ""
-        parts.append(f"`{habits.protocol}`{epoch}, {number(habits.first) or 'not defined'}{draws}")
+        parts.append(f"`{habits.protocol}`{epoch}, {number(habits.first)}{draws}")
     over = ", over all draws" * several
     return f"**All habits of a release at once**: {'; '.join(parts)}. Sound{over}: {mean_sd(sound.draws)}."
 
@@ -247,7 +263,8 @@ def _figures(audit: Audit) -> Table:
     lines: list[list[object]] = []
 
     def add(result: ProtocolResult | None, evaluation: str, what: str, values: dict[int, float]) -> None:
-        counts = ["", ""] if result is None else [result.scored, result.total]
+        scored: list[object] = ["", ""] if result is None else [result.scored, result.total]
+        counts = [*scored, len(audit.runs.unreadable)]
         for place, value in values.items():
             lines.append([audit.runs.task, evaluation, what, place, value, *counts])
 
@@ -258,4 +275,4 @@ def _figures(audit: Audit) -> Table:
     add(found.get(FIRST), FIRST, "other file names", dict(enumerate(audit.file_names)))
     for choice in audit.epochs:
         add(found.get(choice.protocol), choice.protocol, "epoch", dict(choice.aurocs))
-    return Table("", ["task", "evaluation", "what", "number", "auroc", "scored", "total"], lines)
+    return Table("", ["task", "evaluation", "what", "number", "auroc", "scored", "total", "unreadable"], lines)

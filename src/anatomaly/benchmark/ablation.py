@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +11,15 @@ import numpy as np
 
 from anatomaly import presets
 from anatomaly.benchmark.grid import Entry, Grid
-from anatomaly.benchmark.leaderboard import read_cells
+from anatomaly.benchmark.leaderboard import read_cells, scores_of
 from anatomaly.benchmark.run import Failure, run_grid
 from anatomaly.errors import ConfigError
-from anatomaly.evaluation.metrics import auroc, bootstrap, summarise_draws
+from anatomaly.evaluation.evaluation import tell_undefined
+from anatomaly.evaluation.metrics import auroc, bootstrap, no_interval, summarise_draws
 from anatomaly.files import write_whole
 from anatomaly.methods import METHODS
 from anatomaly.presets import configured
-from anatomaly.tables import Table
+from anatomaly.tables import Table, interval_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -40,8 +41,11 @@ class AblationRow:
         seeds: Number of trained models.
         auroc: Mean image AUROC over seeds and support draws.
         sd: Standard deviation of the seeds' means; NaN with one.
-        low: Lower end of the 95 % bootstrap interval of the mean over test images (patients where known).
-        high: Upper end.
+        low: Lower end of the 95 % bootstrap interval of the mean over test images (patients where known); NaN where
+            there is none.
+        high: Upper end, likewise.
+        unreadable: Number of test images that could not be scored.
+        undefined: Why there is no interval, as `Evaluation.undefined`.
     """
 
     task: str
@@ -51,6 +55,8 @@ class AblationRow:
     sd: float
     low: float
     high: float
+    unreadable: int = 0
+    undefined: Mapping[str, str] = field(default_factory=dict)
 
 
 def ablated_methods() -> list[str]:
@@ -154,7 +160,8 @@ def run_ablation(
     results = [found[place] for place in order if place in found]
     table = table_of(results)
     write_whole(out / "ablation.csv", table.csv())
-    write_whole(out / "ablation.md", f"{table.markdown()}\n")
+    note = f"\n{table.note}\n" if table.note else ""
+    write_whole(out / "ablation.md", f"{table.markdown()}\n{note}")
     return results, failures
 
 
@@ -165,15 +172,24 @@ def summarise(cells: Iterable[Finished]) -> dict[tuple[str, str], AblationRow]:
         places[cell.task, cell.entry].append(cell)
     rows = {}
     for (task, name), members in places.items():
-        scores, labels = [cell.scores for cell in members], members[0].labels
-        mean, sd = summarise_draws([auroc(one, labels) for one in scores])
-        interval = bootstrap(auroc, np.concatenate(scores), labels, groups=members[0].groups)
-        rows[task, name] = AblationRow(task, name, len(members), mean, sd, interval.low, interval.high)
+        scores, labels, groups = scores_of(members), members[0].labels, members[0].groups
+        mean, sd = summarise_draws([auroc(cell.scores, labels) for cell in members])
+        interval, reason = bootstrap(auroc, scores, labels, groups=groups), no_interval(labels, groups)
+        rows[task, name] = AblationRow(
+            task,
+            name,
+            len(members),
+            mean,
+            sd,
+            *interval[1:],
+            unreadable=len(members[0].unreadable),
+            undefined={} if reason is None else {"interval": reason},
+        )
     return rows
 
 
 def table_of(results: Sequence[AblationRow], *, title: str = "") -> Table:
-    """One line per row of the ablation, one column per task."""
+    """One line per row of the ablation, one column per task; a last line counts unreadable test images, if any."""
     tasks = list(dict.fromkeys(result.task for result in results))
     names = list(dict.fromkeys(result.name for result in results))
     found = {(result.task, result.name): result for result in results}
@@ -183,6 +199,11 @@ def table_of(results: Sequence[AblationRow], *, title: str = "") -> Table:
             return ""
         result = found[task, name]
         sd = "" if np.isnan(result.sd) else f" ± {result.sd:.3f}"
-        return f"{result.auroc:.3f}{sd} ({result.low:.3f} to {result.high:.3f})"
+        return f"{result.auroc:.3f}{sd} ({interval_text(result.low, result.high)})"
 
-    return Table(title, ["row", *tasks], [[name, *(cell(task, name) for task in tasks)] for name in names])
+    lines = [[name, *(cell(task, name) for task in tasks)] for name in names]
+    unreadable = {task: max(row.unreadable for row in results if row.task == task) for task in tasks}
+    if any(unreadable.values()):
+        lines.append(["unreadable test images", *(str(unreadable[task]) for task in tasks)])
+    note = tell_undefined((result.task, result.undefined) for result in results)
+    return Table(title, ["row", *tasks], lines, note)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from anatomaly.errors import ConfigError
 from anatomaly.evaluation.cells import read_evaluation
 from anatomaly.evaluation.comparison import Difference, compare_auroc, holm
-from anatomaly.evaluation.metrics import auroc, bootstrap, summarise_draws
+from anatomaly.evaluation.metrics import auroc, bootstrap, no_interval, summarise_draws
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -42,6 +43,8 @@ class Finished:
         seconds: Wall time of judging.
         peak_mib: Peak memory of judging, or None.
         training: Wall time and peak memory of training, empty where nothing is trained.
+        unreadable: Per test image that could not be scored, its name and why.
+        undefined: Why figures cannot be had, by name, as `Evaluation.undefined`.
     """
 
     entry: str
@@ -57,6 +60,8 @@ class Finished:
     seconds: float
     peak_mib: float | None
     training: Mapping[str, float | None]
+    unreadable: tuple[str, ...] = ()
+    undefined: Mapping[str, str] = field(default_factory=dict)
 
 
 class Place(NamedTuple):
@@ -76,13 +81,16 @@ class Row:
         place: Whose they are.
         seeds: Number of seeds.
         draws: Support draws per seed.
-        images: Test images.
+        images: Test images that were scored.
         metrics: (mean, standard deviation over seeds and draws) by metric; sd NaN for a single value.
-        low: Lower end of the 95 % bootstrap interval of the mean AUROC over test images (patients where known).
-        high: Upper end.
+        low: Lower end of the 95 % bootstrap interval of the mean AUROC over test images (patients where known); NaN
+            where there is none.
+        high: Upper end, likewise.
         milliseconds: Judging an image, per draw.
         peak_mib: Largest peak memory of a cell, or None where not measured.
         training_seconds: Mean wall time of a training, or None where nothing is trained or it was not measured.
+        unreadable: Per test image that could not be scored, its name and why.
+        undefined: Why figures cannot be had, by name, as `Evaluation.undefined`.
     """
 
     place: Place
@@ -95,6 +103,8 @@ class Row:
     milliseconds: float
     peak_mib: float | None
     training_seconds: float | None
+    unreadable: tuple[str, ...] = ()
+    undefined: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -104,14 +114,16 @@ class Duel:
     Attributes:
         place: The challenger; task `ALL_TASKS` for the mean over all tasks.
         against: Name of the reference.
-        difference: Of the mean AUROC, with interval and p.
-        adjusted: p after Holm over all duels on single tasks, or over all on means of tasks.
+        difference: Of the mean AUROC, with interval and p; these are NaN where they cannot be had.
+        adjusted: p after Holm over all duels on single tasks, or over all on means of tasks, that have one; else NaN.
+        reason: Why interval and p cannot be had, or empty.
     """
 
     place: Place
     against: str
     difference: Difference
     adjusted: float
+    reason: str = ""
 
 
 def read_cells(folders: Iterable[Path]) -> list[Finished]:
@@ -126,7 +138,7 @@ def read_cells(folders: Iterable[Path]) -> list[Finished]:
 def _read_cell(folder: Path) -> Finished:
     try:
         return _parsed(folder)
-    except (OSError, ValueError, KeyError, TypeError, StopIteration) as err:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration) as err:
         raise ConfigError(f"{folder}: a damaged cell. Delete the folder and run the benchmark again.") from err
 
 
@@ -158,10 +170,11 @@ def rank(cells: Iterable[Finished]) -> list[Row]:
 def _row(place: Place, cells: Sequence[Finished]) -> Row:
     first = cells[0]
     draws = [draw for cell in cells for draw in cell.metrics]
-    interval = bootstrap(auroc, _scores(cells), first.labels, groups=first.groups)
+    interval = bootstrap(auroc, scores_of(cells), first.labels, groups=first.groups)
     peaks = [cell.peak_mib for cell in cells if cell.peak_mib is not None]
     trainings = [cell.training["seconds"] for cell in cells if cell.training.get("seconds") is not None]
     judged = sum(cell.scores.size for cell in cells)
+    reason = no_interval(first.labels, first.groups)
     return Row(
         place=place,
         seeds=len(cells),
@@ -173,11 +186,17 @@ def _row(place: Place, cells: Sequence[Finished]) -> Row:
         milliseconds=1000 * sum(cell.seconds for cell in cells) / judged,
         peak_mib=max(peaks, default=None),
         training_seconds=float(np.mean([t for t in trainings if t is not None])) if trainings else None,
+        unreadable=first.unreadable,
+        undefined={**first.undefined, **({} if reason is None else {"interval": reason})},
     )
 
 
-def _scores(cells: Sequence[Finished]) -> NDArray[np.float64]:
-    """(seeds * draws, N) scores of cells that have scored the same images."""
+def scores_of(cells: Sequence[Finished]) -> NDArray[np.float64]:
+    """(seeds * draws, N) scores of cells that have scored the same images.
+
+    Raises:
+        ConfigError: They have not.
+    """
     _require_same_images(cells)
     return np.concatenate([cell.scores for cell in cells])
 
@@ -194,8 +213,8 @@ def _require_same_images(cells: Sequence[Finished]) -> None:
 def duels(cells: Iterable[Finished], *, reference: str) -> list[Duel]:
     """Compare every competitor with one that was named before, on the same images, seeds and draws.
 
-    Seeds that only one of two has finished take no part, nor do tasks with a single image or patient of a class; a mean
-    is taken over all tasks or not at all.
+    Seeds that only one of two has finished take no part; a mean is taken over all tasks or not at all.  With a single
+    image or patient of a class there is a difference, but neither interval nor p.
 
     Args:
         cells: Of one benchmark.
@@ -212,7 +231,7 @@ def duels(cells: Iterable[Finished], *, reference: str) -> list[Duel]:
         places[Place(cell.task, cell.shots, cell.entry, cell.teacher)].append(cell)
     if reference not in {place.entry for place in places}:
         raise ConfigError(f"benchmark: the reference {reference!r} has no finished cells. Name another --reference.")
-    single: dict[Place, Difference] = {}
+    single: dict[Place, tuple[Difference, str]] = {}
     for place, members in sorted(places.items()):
         other = places.get(place._replace(entry=reference), [])
         shared = {cell.seed for cell in members} & {cell.seed for cell in other}
@@ -220,30 +239,49 @@ def duels(cells: Iterable[Finished], *, reference: str) -> list[Duel]:
             continue
         ours, theirs = ([cell for cell in side if cell.seed in shared] for side in (members, other))
         _require_same_images([*ours, *theirs])
-        first = ours[0]
-        owners = first.groups or first.images
-        if any(len({owners[i] for i in np.flatnonzero(first.labels == label)}) < 2 for label in (0, 1)):
-            continue  # one image (patient) of a class has no variance
-        single[place] = compare_auroc(_scores(ours), _scores(theirs), first.labels, groups=first.groups)
+        single[place] = _difference(ours, theirs)
     together: dict[Place, list[Difference]] = defaultdict(list)
-    for place, difference in single.items():
+    for place, (difference, _) in single.items():
         together[place._replace(task=ALL_TASKS)].append(difference)
     tasks = len({place.task for place in places})
     over_all = {place: _mean(found) for place, found in together.items() if len(found) == tasks > 1}
     return [
-        Duel(place, reference, difference, adjusted)
+        Duel(place, reference, difference, adjusted, reason)
         for differences in (single, over_all)
-        for (place, difference), adjusted in zip(
-            differences.items(), holm([difference.p for difference in differences.values()]), strict=True
+        for (place, (difference, reason)), adjusted in zip(
+            differences.items(), _adjusted([difference.p for difference, _ in differences.values()]), strict=True
         )
     ]
 
 
-def _mean(differences: Sequence[Difference]) -> Difference:
+def _difference(ours: Sequence[Finished], theirs: Sequence[Finished]) -> tuple[Difference, str]:
+    """On the same images, seeds and draws; and why it has no interval and no p, or nothing."""
+    labels, groups = ours[0].labels, ours[0].groups
+    one, other = scores_of(ours), scores_of(theirs)
+    owners = groups or ours[0].images
+    for name, label in (("normal", 0), ("anomalous", 1)):
+        if len({owners[i] for i in np.flatnonzero(labels == label)}) < 2:
+            unit = "patients" if groups else "images"
+            reason = f"a comparison needs 2 {unit} of a class, there is 1 {name} one"
+            return Difference(auroc(one, labels) - auroc(other, labels), math.nan, math.nan, math.nan), reason
+    return compare_auroc(one, other, labels, groups=groups), ""
+
+
+def _adjusted(p_values: Sequence[float]) -> list[float]:
+    """Holm over those that are known, NaN for the others."""
+    adjusted = np.full(len(p_values), math.nan)
+    known = ~np.isnan(p_values)
+    adjusted[known] = holm(np.asarray(p_values)[known])
+    return adjusted.tolist()
+
+
+def _mean(differences: Sequence[Difference]) -> tuple[Difference, str]:
     """The mean over tasks, whose test images have nothing to do with each other: the variances add."""
     from scipy.stats import norm
 
     value = float(np.mean([difference.difference for difference in differences]))
+    if any(math.isnan(difference.p) for difference in differences):
+        return Difference(value, math.nan, math.nan, math.nan), "a task has none"
     reach = float(np.linalg.norm([(each.high - each.low) / 2 for each in differences])) / len(differences)
     p = float(2 * norm.sf(norm.ppf(0.975) * abs(value) / reach)) if reach else float(value == 0)
-    return Difference(value, value - reach, value + reach, p)
+    return Difference(value, value - reach, value + reach, p), ""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from anatomaly.benchmark.leaderboard import ALL_TASKS, Place, duels, rank
+from anatomaly.evaluation.evaluation import count_unreadable, tell_undefined
 from anatomaly.files import write_whole
-from anatomaly.tables import Table, escaped, mean_sd
+from anatomaly.tables import Table, escaped, interval_text, mean_sd
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,7 +52,7 @@ def write_leaderboard(
     rows = rank(cells)
     fought = [] if reference is None else duels(cells, reference=reference)
     write_whole(out / "leaderboard.csv", _full(rows).csv())
-    write_whole(out / "comparisons.csv", _full_duels(fought).csv())
+    write_whole(out / "comparisons.csv", _full_duels(fought, rows).csv())
     sections = tables(rows, fought)
     write_whole(out / "leaderboard.md", _markdown(sections, note))
     write_whole(out / "leaderboard.html", _page(sections, note))
@@ -58,30 +60,31 @@ def write_leaderboard(
 
 
 def _full(rows: Sequence[Row]) -> Table:
-    names = list(dict.fromkeys(name for row in rows for name in row.metrics))
-    columns = ["task", "shots", "method", "teacher", "seeds", "draws", "images", "auroc_low", "auroc_high"]
+    known = [name for row in rows for name in (*row.metrics, *row.undefined) if name != "interval"]
+    names = list(dict.fromkeys(known))
+    columns = ["task", "shots", "method", "teacher", "seeds", "draws", "images", "unreadable"]
+    columns += ["auroc_low", "auroc_high"]
     columns += [column for name in names for column in (name, f"{name}_sd")]
     columns += ["milliseconds_per_image", "peak_mib", "training_seconds"]
     cells = []
     for row in rows:
         place = row.place
         line: list[object] = [place.task, place.shots, place.entry, place.teacher, row.seeds, row.draws, row.images]
-        line += [row.low, row.high]
+        line += [len(row.unreadable), row.low, row.high]
         line += [value for name in names for value in row.metrics.get(name, ("", ""))]
         cells.append([*line, row.milliseconds, row.peak_mib, row.training_seconds])
     return Table("", columns, cells)
 
 
-def _full_duels(fought: Sequence[Duel]) -> Table:
+def _full_duels(fought: Sequence[Duel], rows: Sequence[Row]) -> Table:
+    unreadable: dict[Place, int] = defaultdict(int)
+    for row in rows:
+        unreadable[row.place] += len(row.unreadable)
+        unreadable[row.place._replace(task=ALL_TASKS)] += len(row.unreadable)
     columns = ["task", "shots", "method", "teacher", "against", "difference", "low", "high", "p", "p_holm"]
-    return Table(
-        "",
-        columns,
-        [
-            [d.place.task, d.place.shots, d.place.entry, d.place.teacher, d.against, *d.difference, d.adjusted]
-            for d in fought
-        ],
-    )
+    columns += ["unreadable"]
+    lines = [[*d.place, d.against, *d.difference, d.adjusted, unreadable[d.place]] for d in fought]
+    return Table("", columns, lines)
 
 
 def tables(rows: Sequence[Row], fought: Sequence[Duel]) -> list[Table]:
@@ -96,16 +99,23 @@ def tables(rows: Sequence[Row], fought: Sequence[Duel]) -> list[Table]:
     sections = [_overview(rows, teachers=teachers)] if several else []
     for task, shots in dict.fromkeys((row.place.task, row.place.shots) for row in rows):
         members = [row for row in rows if (row.place.task, row.place.shots) == (task, shots)]
-        shown = [(title, name) for title, name in _SHOWN if any(name in row.metrics for row in members)]
+        known = {name for row in members for name in (*row.metrics, *row.undefined)}
+        shown = [(title, name) for title, name in _SHOWN if name in known]
         unequal = len({row.seeds for row in members}) > 1
         trained = any(row.training_seconds is not None for row in members)
+        unlike = len({(row.images, len(row.unreadable)) for row in members}) > 1  # prepared otherwise, a file may do
         columns = ["method", *["teacher"] * teachers, *["seeds"] * unequal, "image AUROC", "95 % interval"]
-        columns += [*(title for title, _ in shown), "ms/image", "MiB", *["training"] * trained]
+        columns += [*(title for title, _ in shown), *["images", "unreadable"] * unlike]
+        columns += ["ms/image", "MiB", *["training"] * trained]
         lines = []
         for row in members:
             cells = [row.place.entry, *[row.place.teacher] * teachers, *[str(row.seeds)] * unequal]
-            cells += [mean_sd(*row.metrics["auroc"]), f"{row.low:.3f} to {row.high:.3f}"]
-            cells += [mean_sd(*row.metrics[name]) if name in row.metrics else "" for _, name in shown]
+            cells += [mean_sd(*row.metrics["auroc"]), interval_text(row.low, row.high)]
+            cells += [
+                mean_sd(*row.metrics[name]) if name in row.metrics else "–" * (name in row.undefined)
+                for _, name in shown
+            ]
+            cells += [str(row.images), str(len(row.unreadable))] if unlike else []
             cells += [f"{row.milliseconds:.0f}", "" if row.peak_mib is None else f"{row.peak_mib:.0f}"]
             if trained:
                 cells.append("" if row.training_seconds is None else f"{row.training_seconds:.0f} s")
@@ -113,13 +123,23 @@ def tables(rows: Sequence[Row], fought: Sequence[Duel]) -> list[Table]:
         most = max(row.metrics["auroc"][0] for row in members)
         best = {(i, 0) for i, row in enumerate(members) if row.metrics["auroc"][0] == most}
         most_seeds = max(row.seeds for row in members)
-        about = f"{members[0].images} test images, {most_seeds} seed{'s' * (most_seeds > 1)}"
-        about += f" × {members[0].draws} draws" if shots else ""
+        unreadable = len(members[0].unreadable)
+        about = f"{members[0].images} test images, " + f"{unreadable} unreadable, " * bool(unreadable)
+        about = f"{'' if unlike else about}{most_seeds} seed{'s' * (most_seeds > 1)}"
+        about += f" × {members[0].draws} draw{'s' * (members[0].draws > 1)}" if shots else ""
         title = f"{task}{f', K = {shots}' if shots else ''} ({about})"
-        sections.append(Table(title, columns, lines, bold=best))
+        sections.append(Table(title, columns, lines, _notes(members), bold=best))
     if fought:
         sections += _duel_sections(fought, teachers=teachers)
     return sections
+
+
+def _notes(members: Sequence[Row]) -> str:
+    """What is unreadable and what cannot be had, of the rows of a task at some K."""
+    most = max(members, key=lambda row: len(row.unreadable))
+    left_out = count_unreadable(most.unreadable, most.images + len(most.unreadable))
+    undefined = tell_undefined(("", row.undefined) for row in members)
+    return " ".join(told for told in (left_out, undefined) if told)
 
 
 def _overview(rows: Sequence[Row], *, teachers: bool) -> Table:
@@ -143,7 +163,10 @@ def _overview(rows: Sequence[Row], *, teachers: bool) -> Table:
     tops = {k: max((mean for other, mean in means if other == k and not np.isnan(mean)), default=None) for k in ks}
     best = {(place, 0) for place, i in enumerate(order) if means[i][1] == tops[means[i][0]]}
     columns = ["method", *["teacher"] * teachers, *["K"] * shots, *tasks, "mean"]
-    return Table("Image AUROC by task", columns, [lines[i] for i in order], bold=best)
+    most = {task: max(len(row.unreadable) for row in rows if row.place.task == task) for task in tasks}
+    note = ", ".join(f"{task} {count}" for task, count in most.items() if count)
+    note = f"Unreadable test images, left out: {note}." if note else ""
+    return Table("Image AUROC by task", columns, [lines[i] for i in order], note, bold=best)
 
 
 def _duel_sections(fought: Sequence[Duel], *, teachers: bool) -> list[Table]:
@@ -158,7 +181,7 @@ def _duel_sections(fought: Sequence[Duel], *, teachers: bool) -> list[Table]:
                 duel.place.entry,
                 *[duel.place.teacher] * teachers,
                 f"{duel.difference.difference:+.3f}",
-                f"{duel.difference.low:+.3f} to {duel.difference.high:+.3f}",
+                interval_text(duel.difference.low, duel.difference.high, sign="+"),
                 _p(duel.difference.p),
                 _p(duel.adjusted),
             ]
@@ -169,11 +192,14 @@ def _duel_sections(fought: Sequence[Duel], *, teachers: bool) -> list[Table]:
         where = "mean over the tasks" if over_all else "task by task"
         title = f"Against {chosen[0].against} on the same images: image AUROC, {where}" if chosen else ""
         significant = {(i, len(columns) - 1) for i, duel in enumerate(chosen) if duel.adjusted < 0.05}
-        sections += [Table(title, columns, lines, bold=significant)] if chosen else []
+        reasons = ((duel.place.task * (not over_all), {"interval": duel.reason}) for duel in chosen if duel.reason)
+        sections += [Table(title, columns, lines, tell_undefined(reasons), bold=significant)] if chosen else []
     return sections
 
 
 def _p(value: float) -> str:
+    if np.isnan(value):
+        return "–"
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
@@ -188,7 +214,8 @@ _READING = (
 
 def _markdown(sections: Sequence[Table], note: str) -> str:
     parts = ["# Leaderboard", *[note] * bool(note), _READING]
-    parts += [f"## {section.title}\n\n{section.markdown()}" for section in sections]
+    for section in sections:
+        parts += [f"## {section.title}", section.markdown(), *[section.note] * bool(section.note)]
     return "\n\n".join(parts) + "\n"
 
 

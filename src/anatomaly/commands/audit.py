@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anatomaly.commands.arguments import load_detector, loading_arguments
-from anatomaly.commands.console import progress
+from anatomaly.commands.console import progress, say
 from anatomaly.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -101,9 +101,11 @@ def _of_model(options: Namespace, manifest: Any, task: str) -> Any:
 def _print(audit: Any) -> None:
     from rich.console import Console
 
-    from anatomaly.audit.words import paragraphs, table_of
+    from anatomaly.audit.words import paragraphs, table_of, tell_unreadable
 
     table_of(audit).print()
+    if told := tell_unreadable(audit):
+        say(told)
     console = Console() if Console().is_terminal else Console(width=200)
     for paragraph in paragraphs(audit):
         console.print(f"- {paragraph.replace('**', '').replace('`', '')}", markup=False, highlight=False)

@@ -226,7 +226,9 @@ def run_ablation(options: Namespace) -> int:
             on_step=step,
         )
     if results:
-        over = f"mean ± sd over {len(options.seeds)} seeds (95 % interval over test images)"
+        seeds = max(result.seeds for result in results)
+        over = f"mean ± sd over {seeds} seeds" if seeds > 1 else "one seed"
+        over += " (95 % interval over test images)"
         ablation.table_of(results, title=f"{options.whose}: image AUROC, {over}").print()
         print(f"{options.out}/ablation.md")
     return _ending(failures)

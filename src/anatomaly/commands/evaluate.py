@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from anatomaly.commands.arguments import load_detector, model_arguments
-from anatomaly.commands.console import tell_left_out
+from anatomaly.commands.console import say, tell_left_out
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -28,7 +28,7 @@ def run_evaluate(options: Namespace) -> int:
     from anatomaly.data.manifest import load_manifest
     from anatomaly.evaluation.cells import write_evaluations
     from anatomaly.evaluation.evaluate import evaluate
-    from anatomaly.evaluation.evaluation import pooled, table_of
+    from anatomaly.evaluation.evaluation import pooled, table_of, tell_unreadable
 
     manifest = load_manifest(Path(options.data))
     tell_left_out(manifest)
@@ -44,11 +44,13 @@ def run_evaluate(options: Namespace) -> int:
             seed=options.seed,
             batch_size=options.batch_size,
         )
-    title = f"{options.model}: {options.draws} support draws"
+    title = f"{options.model}: {options.draws} support draw{'s' * (options.draws > 1)}"
     if not detector.method.needs_support:
         title = options.model
         results += [pooled(results)] if len(results) > 1 else []
     if options.out is not None:
         write_evaluations(results, Path(options.out))
     table_of([("", result) for result in results], title=title).print()
+    if told := tell_unreadable(results):
+        say(told)
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections import defaultdict
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from anatomaly.files import write_whole
 from anatomaly.tables import csv_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -34,6 +35,8 @@ class Stored(NamedTuple):
         groups: N patients, or None where not all are known.
         scores: (draws, N).
         metrics: Per draw, metric by name.
+        unreadable: Per test image that could not be scored, its name and why.
+        undefined: Why figures cannot be had, by name, as `Evaluation.undefined`.
     """
 
     images: tuple[tuple[str, str], ...]
@@ -41,6 +44,8 @@ class Stored(NamedTuple):
     groups: tuple[str, ...] | None
     scores: NDArray[np.float64]
     metrics: tuple[dict[str, float], ...]
+    unreadable: tuple[str, ...] = ()
+    undefined: Mapping[str, str] = MappingProxyType({})
 
 
 def write_evaluations(results: Sequence[Evaluation], out: Path) -> None:
@@ -57,11 +62,12 @@ def write_evaluations(results: Sequence[Evaluation], out: Path) -> None:
             "images": len(result.samples),
             "unreadable": [f"{sample.name}: {reason}" for sample, reason in result.unreadable],
             "unusable_masks": [f"{sample.name}: {reason}" for sample, reason in result.unusable_masks],
-            "auroc_interval": list(result.interval[1:]),
+            "auroc_interval": [_number(end) for end in result.interval[1:]],
             "metrics": {
-                name: {"mean": mean, "sd": None if np.isnan(sd) else sd}  # JSON has no NaN
-                for name, (mean, sd) in result.summary().items()
+                **{name: {"mean": _number(mean), "sd": _number(sd)} for name, (mean, sd) in result.summary().items()},
+                **{name: {"mean": None, "sd": None} for name in result.undefined if name != "interval"},
             },
+            "undefined": dict(result.undefined),
             "pixel_bounds": {  # how far the means can be from the exact ones
                 name: float(np.mean([draw[name] for draw in result.pixel_bounds]))
                 for name in next(iter(result.pixel_bounds), {})
@@ -69,14 +75,16 @@ def write_evaluations(results: Sequence[Evaluation], out: Path) -> None:
         }
         for result in results
     ]
-    names = list(dict.fromkeys(name for result in results for draw in result.metrics for name in draw))
-    draws: list[list[object]] = [["task", "shots", "draw", "supports", *names]]
+    known = [each for result in results for each in (*result.metrics, result.undefined)]
+    names = [name for name in dict.fromkeys(name for each in known for name in each) if name != "interval"]
+    draws: list[list[object]] = [["task", "shots", "draw", "supports", "unreadable", *names]]
     scores: list[list[object]] = [["task", "shots", "draw", "path", "frame", "patient", "label", "score"]]
     for result in results:
         for number, (metrics, supports) in enumerate(zip(result.metrics, result.supports, strict=True)):
             names_of_supports = ";".join(sample.name for sample in supports)
             cells: list[object] = [result.task, result.shots, number]
-            draws.append([*cells, names_of_supports, *(metrics.get(name) for name in names)])
+            figures = (metrics.get(name) for name in names)
+            draws.append([*cells, names_of_supports, len(result.unreadable), *figures])
             if any(sample.task != result.task for sample in result.samples):
                 continue  # `pooled`: its tasks have their own rows
             scores += [
@@ -93,14 +101,15 @@ def read_evaluation(folder: Path) -> Stored:
 
     Raises:
         OSError: A file is missing or cannot be read.
-        ValueError, KeyError, StopIteration: A file is damaged.
+        ValueError, KeyError, IndexError, TypeError, AttributeError, StopIteration: A file is damaged.
     """
     file = folder / SCORES
     draws: dict[str, list[dict[str, str]]] = defaultdict(list)
     for row in _rows(file if file.is_file() else folder / _EARLIER_SCORES):
         draws[row["draw"]].append(row)
     first = next(iter(draws.values()))
-    known = {"task", "shots", "draw", "supports"}
+    known = {"task", "shots", "draw", "supports", "unreadable"}
+    facts = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))[0]
     patients = tuple(row["patient"] for row in first)
     return Stored(
         images=tuple((row["path"], row["frame"]) for row in first),
@@ -111,7 +120,14 @@ def read_evaluation(folder: Path) -> Stored:
             {name: float(value) for name, value in row.items() if name not in known and value}
             for row in _rows(folder / "draws.csv")
         ),
+        unreadable=tuple(map(str, facts["unreadable"])),
+        undefined={str(name): str(reason) for name, reason in facts.get("undefined", {}).items()},  # absent before
     )
+
+
+def _number(value: float) -> float | None:
+    """The number, or None for NaN, which JSON lacks."""
+    return None if np.isnan(value) else value
 
 
 def _rows(file: Path) -> list[dict[str, str]]:

@@ -14,8 +14,8 @@ from anatomaly.data.readers import read_mask_of
 from anatomaly.data.transforms import mask_to_input
 from anatomaly.errors import AnatomalyError, ConfigError, ManifestError
 from anatomaly.evaluation.evaluation import Evaluation
-from anatomaly.evaluation.metrics import auroc, bootstrap, image_metrics, pool_by_patient
-from anatomaly.evaluation.pixel_metrics import PixelCounts, region_shares
+from anatomaly.evaluation.metrics import auroc, bootstrap, image_metrics, no_interval, pool_by_patient
+from anatomaly.evaluation.pixel_metrics import PIXEL_METRICS, PixelCounts, region_shares
 from anatomaly.evaluation.protocols import draw_supports, forbid_leak, samples_to_test
 from anatomaly.types import Intensity
 
@@ -117,7 +117,9 @@ def evaluate(
     maps are counted and forgotten, so that memory does not depend on the number of test images.
 
     A mask that cannot be read or does not fit its image never ends the run: its row counts for the image metrics and is
-    listed in `Evaluation.unusable_masks`.  If no mask can be used there are no pixel metrics.
+    listed in `Evaluation.unusable_masks`.  If no mask can be used there are no pixel metrics.  Figures that need both
+    classes of patients or pixels and an interval that needs more of them are left out too; `Evaluation.undefined` says
+    why.
 
     Args:
         detector: The trained model, or any other `Judge`; it must not have seen the task if the result is to be called
@@ -253,12 +255,14 @@ def _evaluation(
     patients = [sample.patient_id for sample in collected.samples]
     groups = [patient for patient in patients if patient is not None]
     by_patient = len(groups) == len(patients)
+    owners = groups if by_patient else None
     scores = collected.scores[draws.start : draws.stop]
+    undefined = _undefined(collected, labels, owners, collected.pixels[draws.start])
     metrics: list[dict[str, float]] = []
     bounds: list[dict[str, float]] = []
     for draw, row in zip(draws, scores, strict=True):
         figures = image_metrics(row, labels)
-        if by_patient and len(set(groups)) < len(groups):
+        if by_patient and len(set(groups)) < len(groups) and "patient_auroc" not in undefined:
             figures["patient_auroc"] = auroc(*pool_by_patient(row, labels, groups))
         pixels = collected.pixels[draw]
         if pixels.lesion_pixels and pixels.normal_pixels:
@@ -273,7 +277,25 @@ def _evaluation(
         supports=tuple(supports[draw] for draw in draws),
         scores=scores,
         metrics=tuple(metrics),
-        interval=bootstrap(auroc, scores, labels, groups=groups if by_patient else None),
+        interval=bootstrap(auroc, scores, labels, groups=owners),
         unusable_masks=collected.unusable_masks,
         pixel_bounds=tuple(bounds),
+        undefined=undefined,
     )
+
+
+def _undefined(
+    collected: _Scores, labels: NDArray[np.int64], groups: Sequence[str] | None, pixels: PixelCounts
+) -> dict[str, str]:
+    """Why figures cannot be had, by name, as `Evaluation.undefined`; the same in every draw."""
+    found = {}
+    if reason := no_interval(labels, groups):
+        found["interval"] = reason
+    if groups is not None and set(groups) == {group for group, label in zip(groups, labels, strict=True) if label}:
+        patients = f"all {len(set(groups))} patients are" if len(set(groups)) > 1 else "the only patient is"
+        found["patient_auroc"] = f"it needs both classes, {patients} anomalous"
+    rows = (*collected.samples, *(row for row, _ in collected.unreadable))
+    if any(row.mask is not None for row in rows) and not (pixels.lesion_pixels and pixels.normal_pixels):
+        reason = "normal pixel" if pixels.lesion_pixels else "lesion pixel in a mask that can be used"
+        found |= dict.fromkeys(PIXEL_METRICS, f"it needs both classes, there is no {reason}")
+    return found

@@ -21,8 +21,8 @@ class Interval(NamedTuple):
 
     Attributes:
         value: The metric on the data as they are.
-        low: Lower end of the interval.
-        high: Upper end of the interval.
+        low: Lower end of the interval, NaN where there is none (`no_interval`).
+        high: Upper end of the interval, likewise.
     """
 
     value: float
@@ -133,7 +133,7 @@ def bootstrap(
     Patients fall into three strata: only normal images, only anomalous ones, both; each keeps its number of patients,
     so every resample holds both classes.  Without groups every image is its own patient.  The interval covers the
     choice of test images only, not the choice of support or training seed, and is too narrow where the metric sits at
-    its bound: a perfect AUROC gives (1, 1) however few images there are.
+    its bound: a perfect AUROC gives (1, 1) with two images of each class already.
 
     Args:
         metric: Takes scores (M,) or (D, M) float64 and labels (M,) int64, such as `auroc`.
@@ -145,7 +145,7 @@ def bootstrap(
         seed: Seed of the resampling.
 
     Returns:
-        The metric on all data and the two ends of its interval.
+        The metric on all data and the two ends of its interval, NaN where `no_interval` gives a reason.
 
     Raises:
         ValueError: An argument is out of range, an id is missing, or the metric refuses the data.
@@ -166,6 +166,8 @@ def bootstrap(
     patients, owner = number_patients(groups if groups is not None else range(images_in_all), images_in_all)
     strata = _strata(image_labels, owner, patients)
     value = float(metric(values_by_draw, image_labels))
+    if no_interval(image_labels, groups) is not None:
+        return Interval(value, float("nan"), float("nan"))
     by_patient = np.argsort(owner, kind="stable")
     images = np.split(by_patient, np.cumsum(np.bincount(owner))[:-1])  # image indices of every patient
 
@@ -177,6 +179,37 @@ def bootstrap(
         values[sample] = metric(values_by_draw[..., chosen], image_labels[chosen])
     low, high = np.quantile(values, [(1.0 - confidence) / 2.0, (1.0 + confidence) / 2.0])
     return Interval(value, float(low), float(high))
+
+
+def no_interval(labels: ArrayLike, groups: Sequence[str] | None = None) -> str | None:
+    """Why an interval cannot be had, or None where it can.
+
+    `bootstrap` needs two patients of the same kind (only normal images, only anomalous ones, both) that hold images of
+    a class: else every resample holds the very same images of that class, and "1.000 to 1.000" would be made up.
+
+    Args:
+        labels: (N,) 0 normal, 1 anomalous.
+        groups: N patient ids, none missing; without them every image is its own patient.
+
+    Returns:
+        The end of a sentence, without a full stop.
+
+    Example:
+        >>> no_interval([0, 0, 0, 1])
+        'it needs 2 images of a class, there is 1 anomalous one'
+    """
+    classes = np.asarray(labels, np.int64)
+    patients, owner = number_patients(groups if groups is not None else range(len(classes)), len(classes))
+    only_normal, only_anomalous, both = map(len, _strata(classes, owner, patients))
+    unit = "image" if groups is None else "patient"
+    kinds = (("normal", only_normal), ("anomalous", only_anomalous))
+    for name, own in kinds:
+        if own + both < 2:
+            return f"it needs 2 {unit}s of a class, there is {own + both or 'no'} {name} one"
+    for name, own in kinds:
+        if own < 2 and both < 2:
+            return f"it needs 2 patients alike, there is 1 with {name} images only and 1 with images of both classes"
+    return None
 
 
 def summarise_draws(values: Sequence[float]) -> tuple[float, float]:

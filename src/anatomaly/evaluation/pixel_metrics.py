@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 #: AUPRO is the area under the per-region overlap up to this false positive rate (the convention since MVTec AD).
 AUPRO_LIMIT = 0.3
+#: Names of the figures.
+PIXEL_METRICS = ("pixel_auroc", "aupro", "dice_max", "dice_floor")
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]

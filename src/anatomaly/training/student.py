@@ -44,7 +44,7 @@ class StudentTraining(lightning.LightningModule):
 
     Args:
         method: Its trainable part is optimised.
-        validate: Returns the validation figures of the method as it is; "val_auroc" decides.
+        validate: Returns the validation figures of the method as it is; "val_auroc" decides, "val_images" is said.
         folder: Where the best weights and `progress.jsonl` go.
         config: All settings.
     """
@@ -100,7 +100,15 @@ class StudentTraining(lightning.LightningModule):
             if figures["val_auroc"] > self.best["val_auroc"]:
                 self.best = {"val_auroc": figures["val_auroc"], "best_epoch": epoch}
                 write_tensors(self.folder / _BEST, self.method.state_dict())
-            logger.info("epoch %d: loss %.4f, validation AUROC %.4f", epoch, mean["total"], figures["val_auroc"])
+            images = figures["val_images"]
+            rests_on = f"{images} normal image{'s' * (images > 1)} and as many with a pasted lesion"
+            logger.info(
+                "epoch %d: loss %.4f, validation AUROC %.4f from %s",
+                epoch,
+                mean["total"],
+                figures["val_auroc"],
+                rests_on,
+            )
         figures["seconds"] = time.perf_counter() - self._started
         self._started = time.perf_counter()
         try:

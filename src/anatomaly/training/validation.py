@@ -53,8 +53,14 @@ class Validation:
                 self.supports[task] = method.extract_support(torch.cat(list(prepare.inputs(support))))
 
     def __call__(self) -> dict[str, float]:
-        """Image AUROC of pasted lesions per task, and their mean "val_auroc", for the method as it is, in eval mode."""
-        figures = {}
+        """Judge the method as it is, in eval mode.
+
+        Returns:
+            Image AUROC of pasted lesions per task, their mean "val_auroc", and "val_images", the number of normals that
+            they rest on (as many again with a lesion): of one image it can only be 0, 0.5 or 1.
+        """
+        figures: dict[str, float] = {}
+        images = 0
         for task, query in self.queries.items():
             with torch.inference_mode():
                 scores = compare_tensor(
@@ -71,4 +77,5 @@ class Validation:
                 )
             labels = np.arange(len(scores)) >= len(scores) // 2
             figures[f"val_auroc/{task}"] = image_metrics(scores.cpu().double().numpy(), labels)["auroc"]
-        return {"val_auroc": float(np.mean(list(figures.values()))), **figures}
+            images += len(scores) // 2
+        return {"val_auroc": float(np.mean(list(figures.values()))), **figures, "val_images": images}
