@@ -234,3 +234,19 @@ def test_a_script_that_leaves_images_unread_ends(tmp_path):
     )
     assert script.communicate(timeout=60)[0].split() == ["1"]
     assert script.returncode == 0
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/exe"), reason="there is no /proc")  # noqa: PTH110
+def test_a_worker_starts_where_the_way_to_the_interpreter_is_closed(monkeypatch, tmp_path):
+    """As for another user whose interpreter lies in root's folder; /proc/self/exe leads there all the same."""
+    started, popen = [], subprocess.Popen
+    monkeypatch.setattr(workers.subprocess, "Popen", lambda *words, **how: started.append(how) or popen(*words, **how))
+    monkeypatch.setattr(workers.os, "access", lambda *_: False)
+    Image.fromarray(np.full((16, 16), 7, np.uint8)).save(tmp_path / "a.png")
+    worker = workers._Worker()
+    try:
+        request = {"verb": "count", "path": str(tmp_path / "a.png"), "limit": 1.0, "memory": 2**31}
+        assert worker.ask(request) == ({"count": 1}, None)
+    finally:
+        worker.process.kill()
+    assert started[0]["executable"] == "/proc/self/exe"
