@@ -245,7 +245,7 @@ def test_a_worker_starts_where_the_way_to_the_interpreter_is_closed(monkeypatch,
     Image.fromarray(np.full((16, 16), 7, np.uint8)).save(tmp_path / "a.png")
     worker = workers._Worker()
     try:
-        request = {"verb": "count", "path": str(tmp_path / "a.png"), "limit": 1.0, "memory": 2**31}
+        request = {"verb": "count", "path": str(tmp_path / "a.png"), "limit": 1.0, "memory": 2**33}
         assert worker.ask(request) == ({"count": 1}, None)
     finally:
         worker.process.kill()

@@ -118,12 +118,12 @@ class _Worker:
         self.path = ""
         self.busy = True
         # The way to the interpreter may be closed to a process that was started by somebody else; itself never is.
-        itself = None if os.access(sys.executable, os.X_OK) else "/proc/self/exe"
+        closed = os.path.lexists(sys.executable) and not os.access(sys.executable, os.X_OK)
         options = ["-I", "-X", f"utf8={sys.flags.utf8_mode}", *(["-B"] if sys.dont_write_bytecode else [])]
         try:
             self.process = subprocess.Popen(
                 [sys.executable, *options, "-c", _BOOT, json.dumps([str(folder) for folder in sys.path])],
-                executable=itself,
+                executable="/proc/self/exe" if closed else None,
                 bufsize=0,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
