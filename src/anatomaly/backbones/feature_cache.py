@@ -17,6 +17,7 @@ import logging
 import os
 import re
 import secrets
+import stat
 import time
 from collections import deque
 from dataclasses import asdict
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     Entry = Sequence[Tensor]
     #: Images (b, 3, H, W), on the teachers' device, of these positions of the asked images.
     Load = Callable[[Sequence[int]], Tensor]
+    #: Of the levels of an entry.
+    Shapes = Sequence[tuple[int, ...]]
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +52,7 @@ FORMAT = 1
 _LARGEST = 65504.0  # of float16
 _ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors")
 _PART = re.compile(r"\.[0-9a-f]{64}\.[0-9a-f]{16}\.part")
+_ENTRY_BYTES = 2**31  # no image has a larger one
 _PART_SECONDS = 3600  # no write takes longer: a part older than this is what a killed process left
 _RESCANS = 16  # look at the folder again after this share of its budget was written; other processes write too
 
@@ -109,6 +113,7 @@ class FeatureCache:
         disk_bytes: Budget of the folder, for all processes that use it together.
         precision: "bf16" runs the teachers under autocast; the context of the caller does not count.
         device: Where features are returned.
+        size: (H, W) of all images, where there is one: entries on disk are then held to the shapes it gives.
 
     Attributes:
         memory_hits: Entries found in memory so far; an entry counts once per call.
@@ -127,7 +132,10 @@ class FeatureCache:
         disk_bytes: float = 0,
         precision: Literal["fp32", "bf16"] = "fp32",
         device: str | torch.device = "cpu",
+        size: tuple[int, int] | None = None,
     ) -> None:
+        self._size = size
+        self._shapes: dict[str, Shapes] = {}
         self.precision = precision
         self.device = torch.device(device)
         self.memory_hits = self.disk_hits = self.misses = self.memory_used = 0
@@ -184,7 +192,7 @@ class FeatureCache:
         """Entries by teacher and image, and whether all that had to be computed could be kept."""
         positions = {image: i for i, image in reversed(list(enumerate(images)))}  # the first of equal ones
         names = {role: self._names(teacher, positions) for role, teacher in teachers.items()}
-        entries = {role: self._stored(by_image) for role, by_image in names.items()}
+        entries = {role: self._stored(by_image, teachers[role]) for role, by_image in names.items()}
         missing = [i for image, i in positions.items() if any(image not in found for found in entries.values())]
         if not missing:
             return entries, True
@@ -207,21 +215,31 @@ class FeatureCache:
         suffix = _digest(FORMAT, teacher.name, teacher.normalise, teacher.weights_hash, self.precision)
         return {image: hashlib.sha256(f"{image}{suffix}".encode()).hexdigest() for image in images}
 
-    def _stored(self, names: Mapping[str, str]) -> dict[str, Entry]:
+    def _stored(self, names: Mapping[str, str], teacher: Teacher) -> dict[str, Entry]:
         """Those entries that are in memory or on disk, by image."""
-        found = {image: self._find(name) for image, name in names.items()}
+        found = {image: self._find(name, teacher) for image, name in names.items()}
         return {image: entry for image, entry in found.items() if entry is not None}
 
-    def _find(self, name: str) -> Entry | None:
+    def _find(self, name: str, teacher: Teacher) -> Entry | None:
         entry = self._memory.get(name)
         if entry is not None:
             self.memory_hits += 1
             return entry
-        entry = None if self._disk is None else self._disk.read(name)
+        entry = None if self._disk is None else self._disk.read(name, self._shapes_of(teacher))
         if entry is not None:
             self.disk_hits += 1
             self._keep_in_memory(name, entry)
         return entry
+
+    @torch.no_grad()
+    def _shapes_of(self, teacher: Teacher) -> Shapes:
+        """Shapes of this teacher's levels as entries hold them; empty where images have no common size."""
+        if self._size is None:
+            return []
+        if teacher.weights_hash not in self._shapes:
+            pyramid = teacher(torch.zeros(1, 3, *self._size, device=self.device))
+            self._shapes[teacher.weights_hash] = [(*level.shape[2:], level.shape[1]) for level in pyramid]
+        return self._shapes[teacher.weights_hash]
 
     @torch.no_grad()
     def _compute(self, teacher: Teacher, images: Tensor) -> list[Entry]:
@@ -289,15 +307,24 @@ class _Disk:
         """Bytes in the folder at the last scan, and what was written since."""
         return self._scan() if self._used is None else self._used
 
-    def read(self, name: str) -> Entry | None:
-        """The entry, or None; a damaged file is removed."""
+    def read(self, name: str, shapes: Shapes = ()) -> Entry | None:
+        """The entry, or None; a damaged file is removed.
+
+        Args:
+            name: Of the entry.
+            shapes: Those of its levels where they are known; an entry of others is a damaged one.
+        """
         path = self._path(name)
         try:
-            content = path.read_bytes()  # not mapped: a mapped file that breaks off kills the process
+            facts = path.lstat()
+            whole = stat.S_ISREG(facts.st_mode) and facts.st_size <= _ENTRY_BYTES  # a pipe waits, a device need not end
+            content = path.read_bytes() if whole else b""  # not mapped: a mapped file that breaks off kills the process
         except OSError:
             return None
         try:
             entry = _unpacked(content)
+            if shapes and [tuple(level.shape) for level in entry] != shapes:
+                raise ValueError("its levels have other shapes")
         except Exception as err:  # whatever the bytes of a damaged file lead to
             reason = (str(err).splitlines() or [type(err).__name__])[0][:120]
             logger.warning("%s: damaged (%s), its features are computed anew.", path, reason)
@@ -421,8 +448,10 @@ def _unpacked(content: bytes) -> Entry:
     tensors = unpack(content)
     checksum = int(tensors.pop("checksum"))
     levels = [tensors[f"level_{i}"] for i in range(len(tensors))]
-    if _checksum(levels) != checksum:
+    if any(level.dtype != torch.float16 or level.ndim != 3 for level in levels) or _checksum(levels) != checksum:
         raise ValueError("its checksum differs")
+    if not all(bool(torch.isfinite(level).all()) for level in levels):
+        raise ValueError("it holds numbers that are not finite")
     return levels
 
 

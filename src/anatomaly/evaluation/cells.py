@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from anatomaly.files import write_whole
+from anatomaly.files import require_file, write_whole
 from anatomaly.tables import csv_bytes
 
 if TYPE_CHECKING:
@@ -115,5 +115,9 @@ def read_evaluation(folder: Path) -> Stored:
 
 
 def _rows(file: Path) -> list[dict[str, str]]:
+    require_file(file)
     with file.open(encoding="utf-8", newline="") as stream:
-        return list(csv.DictReader(stream))
+        try:
+            return list(csv.DictReader(stream))
+        except csv.Error as err:
+            raise ValueError(f"{file}: {err}") from err
