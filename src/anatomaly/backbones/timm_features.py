@@ -88,8 +88,8 @@ def _build(name: str, spec: TimmSpec, weights: str) -> Any:  # a timm model, whi
                 return timm.create_model(spec.model, features_only=True, pretrained=True)
         except Exception as err:
             raise WeightsError(
-                f"{name}: timm could not fetch pretrained weights ({_reason(err)}). Pass --teacher.weights FILE, or use "
-                "--teacher.name efficientnet_lite0, whose weights come as a pip package."
+                f"{name}: timm could not fetch pretrained weights ({_reason(err)}). Pass --teacher.weights FILE, or "
+                "use --teacher.name efficientnet_lite0, whose weights come as a pip package."
             ) from err
     file = find_weights(name, spec.source or WeightsSource("", ""), explicit=explicit)
     state = tensors_of(read_state(file), where=str(file))

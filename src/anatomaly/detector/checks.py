@@ -59,8 +59,8 @@ def check_bank(bank: SupportBank, method: Method) -> None:
     where = f"support bank {bank.task!r}"
     advice = "Encode the supports again with this model."
     if bank.tensors.keys() != expected.keys():
-        got, wanted = (", ".join(sorted(names)) or "nothing" for names in (bank.tensors, expected))
-        raise NotReadyError(f"{where}: holds {got[:200]}, expected {wanted}. {advice}")
+        got, made = (", ".join(sorted(names)) or "nothing" for names in (bank.tensors, expected))
+        raise NotReadyError(f"{where}: holds {got[:200]!r}, expected {made}. {advice}")
     for name, tensor in bank.tensors.items():
         wanted = (bank.shots, *expected[name].shape[1:])
         if tuple(tensor.shape) != wanted:
