@@ -148,7 +148,10 @@ def _load_yaml(text: str) -> Any:
                 item.tag = plain if item.tag == null else item.tag
             return super().construct_sequence(node, deep)
 
-    value = yaml.load(text, Words)
+    try:
+        value = yaml.load(text, Words)
+    except RecursionError as err:
+        raise yaml.YAMLError("nested too deep") from err
     only_keys = isinstance(value, dict) and value and all(each is None for each in value.values())
     return text if only_keys else value  # a name such as `brain:` or `{a, b}`
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field, fields
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
 from anatomaly.errors import ConfigError, check, check_words
@@ -179,7 +180,7 @@ class FitConfig:
     def __post_init__(self) -> None:
         """Refuse values out of range with a ConfigError."""
         check_preprocessing(self.preprocessing)
-        check_scoring(self.scoring)
+        check_scoring(self.scoring, self.preprocessing.size)
         for task, intensity in self.task_intensity.items():
             check_intensity(intensity, f"task_intensity.{task}")
 
@@ -221,16 +222,34 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str
     return lines
 
 
+#: The longest side and the most pixels of the network's input.  On a CPU an image takes 1 to 2 KiB of memory a pixel.
+_LONGEST, _MOST = 8192, 2**22
+
+
 def check_preprocessing(preprocessing: Preprocessing) -> None:
     """Refuse settings that no image can be prepared with.
 
     Raises:
-        ConfigError: A value is out of range; whether the size fits the teacher is not known here.
+        ConfigError: A value is of another type or out of range; whether the size fits the teacher is not known here.
     """
     check_words(preprocessing, "preprocessing")
     sides = preprocessing.size
-    check("preprocessing.size", sides, 0 < min(sides) <= max(sides) <= 8192, "height and width from 1 to 8192")
+    numbers = isinstance(sides, (tuple, list)) and len(sides) == 2 and all(map(_whole, sides))
+    allowed = numbers and 0 < min(sides) <= max(sides) <= _LONGEST and math.prod(sides) <= _MOST
+    expected = (
+        f"height and width, whole numbers from 1 to {_LONGEST} and together at most {_MOST} pixels, as 2048 x 2048 "
+        "(4 to 8 GiB of memory per image)"
+    )
+    check("preprocessing.size", sides, allowed, expected)
     check_intensity(preprocessing.intensity, "preprocessing.intensity")
+
+
+def _whole(number: object) -> bool:
+    return isinstance(number, Integral) and not isinstance(number, bool)
+
+
+#: Pixel values, and what divides them, stay below this and above one part of it: float32 holds them.
+_HIGHEST = 1e30
 
 
 def check_intensity(intensity: Intensity, where: str) -> None:
@@ -245,21 +264,29 @@ def check_intensity(intensity: Intensity, where: str) -> None:
     """
     check_words(intensity, where)
     low, high = intensity.low, intensity.high
+    in_float32 = abs(low) < _HIGHEST and abs(high) < _HIGHEST
+    spans = in_float32 and low - high / 2 < low + high / 2
     valid, expected = {
         "auto": (True, ""),
-        "window": (math.isfinite(low) and 0 < high < math.inf, "centre and a width above 0"),
-        "range": (-math.inf < low < high < math.inf, "lowest below highest"),
+        "window": (spans and high > 1 / _HIGHEST, "centre and a width above 0"),
+        "range": (in_float32 and high - low > 1 / _HIGHEST, "lowest below highest"),
         "percentile": (0 <= low < high <= 100, "0 <= lower < upper <= 100"),
     }[intensity.rule]
     check(f"{where}: {intensity.rule}", f"{low:g} and {high:g}", valid, expected)
 
 
-def check_scoring(scoring: Scoring) -> None:
+def check_scoring(scoring: Scoring, size: tuple[int, int]) -> None:
     """Refuse a blur or pooling that cannot be computed.
 
+    Args:
+        scoring: Blur and pooling.
+        size: (height, width) of the maps; a wider blur than their diagonal leaves nothing of them.
+
     Raises:
-        ConfigError: A value is out of range.
+        ConfigError: A value is of another type or out of range.
     """
     check_words(scoring, "scoring")
-    check("scoring.blur", scoring.blur, 0 <= scoring.blur < math.inf, "at least 0")
+    widest = math.hypot(*size)
+    expected = f"0 to {widest:.1f}, the diagonal of a map of {size[0]} x {size[1]}"
+    check("scoring.blur", scoring.blur, 0 <= scoring.blur <= widest, expected)
     check("scoring.top_fraction", scoring.top_fraction, 0 < scoring.top_fraction <= 1, "above 0 and at most 1")

@@ -7,6 +7,7 @@ patient names.
 
 from __future__ import annotations
 
+from numbers import Integral, Real
 from typing import Any, get_args, get_type_hints
 
 
@@ -49,11 +50,16 @@ def check(where: str, value: object, valid: bool, expected: str) -> None:
         ConfigError: Unless `valid`.
     """
     if not valid:
-        raise ConfigError(f"{where}: got {value}, expected {expected}.")
+        shown = str(value) if len(str(value)) <= _SHOWN else f"{str(value)[:_SHOWN]}..."
+        raise ConfigError(" ".join(f"{where}: got {shown}, expected {expected}.".split()))  # in one line
+
+
+#: Characters of a refused value that a message shows.
+_SHOWN = 200
 
 
 def check_words(settings: Any, where: str) -> None:
-    """Hold the fields of a settings record that take one of a few words, or true and false, to these.
+    """Hold the fields of a settings record that take one of a few words, true and false, or a number to these.
 
     Raises:
         ConfigError: A value is another one.
@@ -64,3 +70,9 @@ def check_words(settings: Any, where: str) -> None:
             check(f"{where}.{name}", value, value in words, f"one of {', '.join(words)}")
         elif kind is bool:
             check(f"{where}.{name}", value, isinstance(value, bool), "true or false")
+        elif kind in _NUMBERS:
+            base, expected = _NUMBERS[kind]
+            check(f"{where}.{name}", value, isinstance(value, base) and not isinstance(value, bool), expected)
+
+
+_NUMBERS: dict[Any, tuple[type, str]] = {int: (Integral, "a whole number"), float: (Real, "a number")}

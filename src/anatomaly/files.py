@@ -1,4 +1,4 @@
-"""Files that are whole or absent: one way to write, to append rows, and to name content by its digest."""
+"""Files that are whole or absent: one way to write, to append rows, to read JSON, and to name content by its digest."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import contextlib
 import errno
 import hashlib
 import io
+import json
+import math
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from anatomaly.errors import OutputError
 
@@ -89,6 +93,83 @@ class Appender:
                 file.seek(end)
                 file.truncate()
             raise output_error(path, err, kept=kept) from err
+
+
+def require_file(path: Path) -> int:
+    """Size in bytes of a regular file, or of what a link leads to.
+
+    Pipes, sockets and devices are never opened: a pipe waits for ever and a device need not end.
+
+    Raises:
+        OSError: There is no such file (FileNotFoundError), or it is no regular one.
+    """
+    facts = path.stat()
+    if not stat.S_ISREG(facts.st_mode):
+        kind = "a folder" if stat.S_ISDIR(facts.st_mode) else "a pipe, a socket or a device"
+        raise OSError(errno.EINVAL, f"is {kind}, expected a file", str(path))
+    return facts.st_size
+
+
+#: Of JSON that is read: the largest file in bytes, the deepest nesting and the largest whole number.
+_LARGEST, _DEEPEST, _HIGHEST = 2**28, 64, 2**63
+
+
+def read_json(path: Path, *, finite: bool = True) -> Any:
+    """What a JSON file holds.
+
+    Args:
+        path: A regular file of at most 256 MiB, UTF-8, with or without a byte order mark.
+        finite: Refuse NaN and infinity, which Python writes and JSON does not know.
+
+    Raises:
+        OSError: There is no such file, or it cannot be read.
+        ValueError: It is too large, or as `parse_json`.
+    """
+    if (size := require_file(path)) > _LARGEST:
+        raise ValueError(f"{size} bytes are too many")
+    return parse_json(path.read_bytes().decode("utf-8-sig"), finite=finite)
+
+
+def parse_json(text: str, *, finite: bool = True) -> Any:
+    """What a JSON text says, whatever somebody wrote into it.
+
+    Args:
+        text: The JSON.
+        finite: As in `read_json`.
+
+    Raises:
+        ValueError: It is not JSON, nested more than 64 deep, or holds a number no setting or count can be.
+
+    Example:
+        >>> parse_json('{"size": [64, 96]}')
+        {'size': [64, 96]}
+    """
+
+    def whole(digits: str) -> int:
+        if abs(number := int(digits)) >= _HIGHEST:
+            raise ValueError("a whole number of more than 63 bits")
+        return number
+
+    def decimal(digits: str) -> float:
+        number = float(digits)
+        if finite and not math.isfinite(number):
+            raise ValueError(f"{digits[:20]} is no finite number")
+        return number
+
+    try:
+        found = json.loads(text, parse_int=whole, parse_float=decimal, parse_constant=decimal)
+    except RecursionError as err:
+        raise ValueError("nested too deep") from err
+    level = [found]
+    for _ in range(_DEEPEST):
+        level = [child for each in level if isinstance(each, (dict, list)) for child in _children(each)]
+        if not level:
+            return found
+    raise ValueError("nested too deep")
+
+
+def _children(node: dict[str, Any] | list[Any]) -> list[Any]:
+    return list(node.values()) if isinstance(node, dict) else node
 
 
 def file_digest(path: Path) -> str:

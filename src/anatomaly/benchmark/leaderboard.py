@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from anatomaly.errors import ConfigError
 from anatomaly.evaluation.cells import read_evaluation
 from anatomaly.evaluation.comparison import Difference, compare_auroc, holm
 from anatomaly.evaluation.metrics import auroc, bootstrap, no_interval, summarise_draws
+from anatomaly.files import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -143,8 +143,10 @@ def _read_cell(folder: Path) -> Finished:
 
 
 def _parsed(folder: Path) -> Finished:
-    facts = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
+    facts = read_json(folder / "cell.json", finite=False)
     cell = facts["key"]["cell"]
+    if not all(isinstance(cell[name], str) for name in ("entry", "teacher", "task")):
+        raise TypeError("a name is no text")
     return Finished(
         entry=cell["entry"],
         teacher=cell["teacher"],
@@ -153,8 +155,8 @@ def _parsed(folder: Path) -> Finished:
         seed=int(cell["seed"]),
         **read_evaluation(folder)._asdict(),
         seconds=float(facts["seconds"]),
-        peak_mib=facts["peak_mib"],
-        training=facts["training"],
+        peak_mib=None if facts["peak_mib"] is None else float(facts["peak_mib"]),
+        training={name: None if value is None else float(value) for name, value in facts["training"].items()},
     )
 
 

@@ -26,7 +26,7 @@ from anatomaly.evaluation.protocols import (
     supports_at_most,
 )
 from anatomaly.evaluation.support_lists import write_support_lists
-from anatomaly.files import write_whole
+from anatomaly.files import read_json, write_whole
 
 if TYPE_CHECKING:
     from anatomaly.evaluation.support_lists import SupportLists
@@ -126,13 +126,13 @@ def run_grid(
 def _finished(folder: Path, key: Mapping[str, Any]) -> bool:
     """Whether a cell's figures are there; refuse those of other settings."""
     try:
-        found = json.loads((folder / CELL).read_text(encoding="utf-8"))["key"]
+        found = read_json(folder / CELL, finite=False)["key"]
         found["settings"] = with_later_settings(found["settings"])
         if key["peer"] is not None:  # cells of before recorded settings that no peer has
             found["settings"] = {name: found["settings"].get(name) for name in key["settings"]}
     except (FileNotFoundError, NotADirectoryError):
         return False
-    except (OSError, ValueError, KeyError, TypeError) as err:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as err:
         raise ConfigError(f"{folder / CELL}: is damaged. Delete the folder, and the cell is run again.") from err
     if found == key:
         return True
@@ -194,9 +194,20 @@ def _run_cell(grid: Grid, cell: Cell, lists: SupportLists, out: Path, key: Mappi
     folder = cell.folder(out)
     write_evaluations(found, folder)
     recorded = cell.model(out) / "cost.json"
-    training = json.loads(recorded.read_text(encoding="utf-8")) if entry.trained and recorded.is_file() else {}
+    training = _cost_of(recorded) if entry.trained and recorded.exists() else {}
     facts = {"key": key, **cost.so_far(), "training": training, "version": __version__}
     write_whole(folder / CELL, (json.dumps(facts, indent=1) + "\n").encode())
+
+
+def _cost_of(file: Path) -> dict[str, Any]:
+    """What a training cost."""
+    try:
+        found = read_json(file)
+        if not isinstance(found, dict):
+            raise TypeError("no mapping")
+    except (OSError, ValueError, TypeError) as err:
+        raise ConfigError(f"{file}: is damaged. Delete it; the time of the training is then left open.") from err
+    return found
 
 
 def _judge(grid: Grid, cell: Cell, entry: Entry, model: Path) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from anatomaly.commands.console import fail, instantiated
 from anatomaly.errors import ConfigError
+from anatomaly.files import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -81,7 +81,10 @@ def run_grid(options: Namespace) -> int:
         done = {cell.entry for cell in cells}
         note = f"Protocol {grid.protocol}."
         if grid.protocol == "few_shot":
-            digest = json.loads((out / "supports.json").read_text(encoding="utf-8"))["digest"]
+            try:
+                digest = str(read_json(out / "supports.json")["digest"])
+            except (OSError, ValueError, KeyError, TypeError) as err:
+                raise ConfigError(f"{out / 'supports.json'}: is damaged. Delete it and run again.") from err
             note += f" The supports are those of supports.json, digest {digest[:16]}."
         rows, fought = write_leaderboard(cells, out, reference=reference if reference in done else None, note=note)
         for table in tables(rows, fought):

@@ -6,7 +6,6 @@ folder `Ungood`, which contains `good`.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from anatomaly.data.listing import MASK_FOLDERS, Counts, LeftOut, describe, list
 from anatomaly.data.readers import count_frames
 from anatomaly.data.spreadsheet import locate
 from anatomaly.errors import ManifestError, ReadError
+from anatomaly.files import read_json
 from anatomaly.types import Sample, Split
 
 #: Names of split folders and words of a split column, in lower case.
@@ -119,8 +119,8 @@ def read_meta_json(file: Path) -> list[Sample]:
         ManifestError: Not JSON, or an entry lacks a key or has an unknown split or anomaly value.
     """
     try:
-        meta = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as err:
+        meta = read_json(file)
+    except (OSError, ValueError) as err:
         raise ManifestError(f"{file}: cannot be read as JSON ({err}).") from err
     classes_of_all = meta.values() if isinstance(meta, dict) else [None]
     if not all(isinstance(c, dict) and all(isinstance(e, list) for e in c.values()) for c in classes_of_all):

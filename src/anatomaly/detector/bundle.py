@@ -21,9 +21,9 @@ from anatomaly._version import __version__
 from anatomaly.backbones import build_backbone
 from anatomaly.backbones.weights import load_strict, state_digest
 from anatomaly.config import check_intensity, check_preprocessing, check_scoring
-from anatomaly.detector.facts import TEACHERS, ModelFacts
-from anatomaly.errors import ConfigError, NotReadyError, WeightsError
-from anatomaly.files import write_whole
+from anatomaly.detector.facts import TEACHERS, ModelFacts, map_range
+from anatomaly.errors import ConfigError, NotReadyError, WeightsError, check, check_words
+from anatomaly.files import parse_json, read_json, require_file, write_whole
 from anatomaly.types import Calibration, Intensity, Preprocessing, Scoring, SupportBank
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Bundle:
     def __post_init__(self) -> None:
         """Hold the settings to the same ranges as those of `fit`: somebody may have edited the file."""
         check_preprocessing(self.preprocessing)
-        check_scoring(self.scoring)
+        check_scoring(self.scoring, self.preprocessing.size)
         for task, rule in self.task_intensity.items():
             check_intensity(rule, f"task_intensity.{task}")
 
@@ -110,13 +110,13 @@ def read_bundle(folder: Path) -> tuple[Bundle, str]:
     """
     file = folder / CONFIG
     try:
-        facts = json.loads(file.read_text(encoding="utf-8"))
-        if facts["format"] != FORMAT:
-            raise NotReadyError(f"{folder}: bundle format {facts['format']}, expected {FORMAT}. Update anatomaly.")
+        facts = read_json(file, finite=False)  # of a training some figures may be none
+        _check_format(facts["format"], str(folder), "bundle")
         preprocessing, scoring = _preprocessing(facts["preprocessing"]), Scoring(**facts["scoring"])
         rules = {task: Intensity(**rule) for task, rule in dict(facts["task_intensity"]).items()}
-        told, weights_hash = ModelFacts.from_dict(facts), str(facts["weights_hash"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
+        told, weights_hash = ModelFacts.from_dict(facts), facts["weights_hash"]
+        check("weights_hash", weights_hash, isinstance(weights_hash, str), "a digest")
+    except _DAMAGED as err:
         raise NotReadyError(
             f"{folder}: not a model bundle (no usable {CONFIG}). Make one with `anatomaly fit` or `anatomaly import`."
         ) from err
@@ -126,6 +126,23 @@ def read_bundle(folder: Path) -> tuple[Bundle, str]:
         return Bundle(told, preprocessing, scoring, rules), weights_hash
     except (ConfigError, TypeError, ValueError) as err:
         raise NotReadyError(f"{file}: is damaged ({err}) Copy the whole bundle again.") from err
+
+
+#: What content of another form than expected leads to.
+_DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError)
+
+
+def _check_format(found: object, where: str, what: str) -> None:
+    """Ask for an update where a later version wrote the file.
+
+    Raises:
+        NotReadyError: The format is another number.
+        TypeError: It is no number.
+    """
+    if isinstance(found, bool) or not isinstance(found, int):
+        raise TypeError("the format is no number")
+    if found != FORMAT:
+        raise NotReadyError(f"{where}: {what} format {found}, expected {FORMAT}. Update anatomaly.")
 
 
 def load_teacher(
@@ -190,36 +207,70 @@ def save_bank(bank: SupportBank, file: Path) -> None:
         "map_range": bank.map_range,
         "precision": bank.precision,
     }
+    facts["digest"] = _bank_digest(facts, bank.tensors)
     write_tensors(file, bank.tensors, {"bank": json.dumps(facts)})
 
 
 def load_bank(file: Path) -> SupportBank:
-    """Read a support bank.
+    """Read a support bank; whether its tensors fit a model is for `Detector.accept` to say.
 
     Raises:
-        NotReadyError: The file is not a support bank, or one of a newer format.
+        NotReadyError: The file is not a support bank, one of a newer format, damaged or changed.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
+        require_file(file)
         with safe_open(file, framework="pt") as stream:
-            facts = json.loads((stream.metadata() or {})["bank"])
+            facts = parse_json((stream.metadata() or {})["bank"])
             tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118 (not a dict)
-        if facts["format"] != FORMAT:
-            raise NotReadyError(f"{file}: bank format {facts['format']}, expected {FORMAT}. Update anatomaly.")
-        low, high = facts["map_range"]
-        return SupportBank(
+        _check_format(facts["format"], str(file), "bank")
+        bank = SupportBank(
             tensors=tensors,
             task=facts["task"],
             names=tuple(facts["names"]),
             sha256=tuple(facts["sha256"]),
             preprocessing=_preprocessing(facts["preprocessing"]),
             model_hash=facts["model_hash"],
-            map_range=(float(low), float(high)),
+            map_range=map_range(facts["map_range"], "map_range"),
             precision=facts.get("precision"),
         )
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as err:
+        _check_bank(bank)
+        digest = facts.pop("digest", None)  # banks of before have none
+        sound = digest is None or digest == _bank_digest(facts, tensors)
+        check("digest", str(digest)[:16], sound, "that of the bank's content")
+    except ConfigError as err:
+        raise NotReadyError(f"{file}: is damaged or was changed ({err}) Make the bank again.") from err
+    except (*_DAMAGED, SafetensorError, RuntimeError) as err:
         raise NotReadyError(f"{file}: not a support bank. Make one with `anatomaly predict --save_bank FILE`.") from err
+    return bank
+
+
+def _bank_digest(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    return _digest({**facts, "tensors": state_digest(tensors)})
+
+
+def _check_bank(bank: SupportBank) -> None:
+    """Hold what a bank says of itself to what `save_bank` writes.
+
+    Raises:
+        ConfigError: A value is of another type or out of range, or the numbers of images differ.
+    """
+    for name in ("task", "model_hash"):
+        value = getattr(bank, name)
+        check(name, repr(value), isinstance(value, str) and value.isprintable(), "text of one line")
+    for name in ("names", "sha256"):
+        texts = all(isinstance(each, str) for each in getattr(bank, name))
+        check(name, "other values", texts, "a text for every support image")
+    check("precision", bank.precision, bank.precision in ("fp32", "bf16", None), "fp32 or bf16")
+    check_preprocessing(bank.preprocessing)
+    rule = bank.preprocessing.intensity.rule
+    check("preprocessing.intensity.rule", rule, rule != "percentile", "a fixed rule")
+    check("names", f"{bank.shots} images", bank.shots >= 1, "at least 1")
+    check("sha256", f"{len(bank.sha256)} digests", len(bank.sha256) == bank.shots, f"{bank.shots}, one for each name")
+    counts = {len(tensor) if tensor.ndim else 0 for tensor in bank.tensors.values()}
+    held = " and ".join(map(str, sorted(counts))) or "no"
+    check("tensors", f"{held} images", counts == {bank.shots}, f"{bank.shots}, one for each name")
 
 
 def save_calibrations(calibrations: Sequence[Calibration], folder: Path) -> None:
@@ -242,19 +293,23 @@ def load_calibrations(folder: Path) -> tuple[Calibration, ...]:
         NotReadyError: The file is damaged or changed, or one of a newer format.
     """
     file = folder / CALIBRATION
-    if not file.exists():
-        return ()
     try:
-        facts = json.loads(file.read_text(encoding="utf-8"))
-        if facts["format"] != FORMAT:
-            raise NotReadyError(f"{file}: calibration format {facts['format']}, expected {FORMAT}. Update anatomaly.")
+        facts = read_json(file)
+        _check_format(facts["format"], str(file), "calibration")
         return tuple(_calibration(dict(entry)) for entry in facts["calibrations"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
+    except FileNotFoundError:
+        return ()
+    except (*_DAMAGED, ConfigError) as err:
         raise NotReadyError(f"{file}: damaged or changed. Remove it and run `anatomaly calibrate` again.") from err
 
 
 def _calibration(entry: dict[str, Any]) -> Calibration:
-    """Rebuild a record from its JSON form; a KeyError, TypeError or ValueError where it is not what was written."""
+    """Rebuild a record from its JSON form.
+
+    Raises:
+        ConfigError: A value is out of range.
+        KeyError, TypeError, ValueError: It is not what was written.
+    """
     digest = entry.pop("digest")
     found = Calibration(
         **{
@@ -264,8 +319,17 @@ def _calibration(entry: dict[str, Any]) -> Calibration:
             "scoring": Scoring(**entry["scoring"]),
         }
     )
-    sound = found.n == len(found.images) > 0 and all(map(math.isfinite, found.scores))
-    if digest != _digest(asdict(found)) or not sound:
+    check_words(found, "calibration")
+    check_preprocessing(found.preprocessing)
+    check_scoring(found.scoring, found.preprocessing.size)
+    texts = (found.task, found.model_hash, found.bank_digest, found.precision, *found.sha256)
+    sound = (
+        found.n == len(found.images) > 0
+        and all(isinstance(each, (int, float)) and math.isfinite(each) for each in found.scores)
+        and all(isinstance(each, int) and each > 0 for each in found.images)
+        and all(isinstance(each, str) for each in texts)
+    )
+    if not sound or digest != _digest(asdict(found)):
         raise ValueError("the digest is not that of the entry")
     return found
 
@@ -275,10 +339,10 @@ def _digest(entry: Mapping[str, Any]) -> str:
 
 
 def _preprocessing(facts: Mapping[str, Any]) -> Preprocessing:
-    """Rebuild a `Preprocessing` from its JSON form."""
+    """Rebuild a `Preprocessing` from its JSON form; `check_preprocessing` says whether it can be used."""
     height, width = facts["size"]
     return Preprocessing(
-        size=(int(height), int(width)),
+        size=(height, width),
         resize=facts["resize"],
         interpolation=facts["interpolation"],
         intensity=Intensity(**facts["intensity"]),
@@ -295,8 +359,9 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
+        require_file(file)
         return dict(load_file(file))
-    except (OSError, SafetensorError) as err:
+    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as err:
         raise WeightsError(f"{file}: missing or damaged. Copy the whole bundle again.") from err
 
 

@@ -26,6 +26,7 @@ from anatomaly.detector.bundle import (
     save_bundle,
     save_calibrations,
 )
+from anatomaly.detector.checks import check_bank, check_model
 from anatomaly.detector.conformal import best_fit, misfit, with_p_value
 from anatomaly.detector.facts import TEACHERS, model_hash
 from anatomaly.errors import ConfigError, NotReadyError
@@ -73,7 +74,7 @@ class Detector:
         calibrations: Sequence[Calibration] = (),
     ) -> None:
         check_preprocessing(preprocessing)
-        check_scoring(scoring)
+        check_scoring(scoring, preprocessing.size)
         self.device = torch.device(choose_device(device))
         self.method = method.to(self.device).eval()
         torch.nn.ModuleList(self.method.teachers.values()).to(self.device)
@@ -108,8 +109,10 @@ class Detector:
             teachers: The frozen backbones, where they are your own (`Teacher.of_module`).
 
         Raises:
-            NotReadyError: The folder is not a bundle, its settings are out of range, or its calibration is damaged.
-            WeightsError: The teacher's weights cannot be had, or are not those the student was trained with.
+            NotReadyError: The folder is not a bundle, its settings are out of range or do not fit each other, or its
+                calibration is damaged.
+            WeightsError: The teacher's weights cannot be had, are not those the student was trained with, or give
+                numbers that are not finite.
         """
         folder = Path(bundle)
         told, weights_hash = read_bundle(folder)
@@ -120,7 +123,7 @@ class Detector:
         ]
         method = build_method(facts.name, frozen, facts.method.settings)
         load_weights(folder, method, expected=weights_hash)
-        return cls(
+        detector = cls(
             method,
             preprocessing=told.preprocessing,
             scoring=told.scoring,
@@ -130,6 +133,8 @@ class Detector:
             precision=precision,
             calibrations=load_calibrations(folder),
         )
+        check_model(detector.method, told.preprocessing, told.scoring, str(folder))
+        return detector
 
     def save(self, bundle: str | Path) -> None:
         """Write a bundle; a teacher's weights go in only if they came from a user's own file.
@@ -254,7 +259,7 @@ class Detector:
 
         Raises:
             ConfigError: The method has no support.
-            NotReadyError: The file is not a bank, or was made with another model or another preprocessing.
+            NotReadyError: The file is not a bank, is damaged, or was made with another model or preprocessing.
         """
         self._check_takes_support()
         self.bank = self.accept(load_bank(Path(file)))
@@ -264,7 +269,7 @@ class Detector:
         """Return the bank, moved to this detector's device, or refuse it.
 
         Raises:
-            NotReadyError: It was made with another model or another preprocessing.
+            NotReadyError: It was made with another model or preprocessing, or its tensors are not such a model's.
         """
         if bank.model_hash != self.model_hash:
             raise NotReadyError(
@@ -276,6 +281,7 @@ class Detector:
                 f"support bank {bank.task!r}: made at {bank.preprocessing.size} ({bank.preprocessing.resize}), this "
                 f"model works at {self.preprocessing.size} ({self.preprocessing.resize}). Encode the supports again."
             )
+        check_bank(bank, self.method)
         return replace(bank, tensors={key: tensor.to(self.device) for key, tensor in bank.tensors.items()})
 
     def calibrate_with(self, calibration: Calibration) -> Detector:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from anatomaly.backbones.teacher import TeacherFacts
 from anatomaly.backbones.weights import state_digest
 from anatomaly.config import MethodConfig, TeacherConfig
+from anatomaly.errors import check
 from anatomaly.methods import METHODS
 from anatomaly.methods.settings import D24FADSettings
 
@@ -76,15 +77,47 @@ class ModelFacts:
             TeacherFacts(**{key: facts[role][key] for key in ("name", "weights", "normalise", "hash")})
             for role in roles
         )
-        for each in teachers:
+        for role, each in zip(roles, teachers, strict=True):
             TeacherConfig(each.name, each.weights, each.normalise)
-            if not isinstance(each.hash, str):
-                raise TypeError("a teacher's hash is no text")
-        ranges = {str(task): (float(low), float(high)) for task, (low, high) in facts.get("map_ranges", {}).items()}
-        for low, high in ranges.values():
-            if not -1e30 < low < high < 1e30:
-                raise ValueError(f"a map range is {low} to {high}")
-        return cls(MethodConfig.from_dict(facts["method"]), teachers, dict(facts.get("training", {})), ranges)
+            known = ("auto", "random", "file")
+            check(f"{role}.weights", each.weights, each.weights in known, "auto, random or file")
+            check(f"{role}.name", repr(each.name), each.name.isprintable(), "a name of one line")
+            check(f"{role}.hash", each.hash, isinstance(each.hash, str) and each.hash.isprintable(), "a digest")
+        method = MethodConfig.from_dict(facts["method"])
+        most = METHODS[method.name].teachers
+        check("teachers", len(teachers), len(teachers) <= most, f"at most {most} of {method.name}")
+        ranges = {task: map_range(scale, f"map_ranges.{task}") for task, scale in facts.get("map_ranges", {}).items()}
+        return cls(method, teachers, _training(facts.get("training", {})), ranges)
+
+
+def map_range(scale: Sequence[Any], where: str) -> tuple[float, float]:
+    """The (low, high) of a colour scale that was read from a file.
+
+    Raises:
+        ConfigError: They are no numbers, too large for a map, or not in this order.
+        TypeError, ValueError: They are not two.
+    """
+    low, high = scale
+    numbers = all(isinstance(each, (int, float)) and not isinstance(each, bool) for each in (low, high))
+    check(where, f"{low} to {high}", numbers and -1e30 < low < high < 1e30, "two numbers, the lower one first")
+    return float(low), float(high)
+
+
+def _training(facts: Any) -> dict[str, Any]:
+    """What is told of a training, with those parts checked that reports and commands rely on.
+
+    Raises:
+        ConfigError: A part is of another type.
+    """
+    check("training", facts, isinstance(facts, dict), "settings and figures by name")
+    for name in ("best_epoch", "images", "synthetic"):
+        value = facts.get(name, 0)
+        check(f"training.{name}", value, isinstance(value, int) and not isinstance(value, bool), "a whole number")
+    tasks = facts.get("tasks", [])
+    check("training.tasks", tasks, isinstance(tasks, list) and all(isinstance(each, str) for each in tasks), "names")
+    if "best_epoch" in facts:
+        check("training", "no images or tasks", {"images", "tasks"} <= set(facts), "both beside best_epoch")
+    return dict(facts)
 
 
 def model_hash(facts: ModelFacts, method: Method) -> str:

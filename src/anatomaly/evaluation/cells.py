@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from anatomaly.files import write_whole
+from anatomaly.files import require_file, write_whole
 from anatomaly.tables import csv_bytes
 
 if TYPE_CHECKING:
@@ -131,5 +131,9 @@ def _number(value: float) -> float | None:
 
 
 def _rows(file: Path) -> list[dict[str, str]]:
+    require_file(file)
     with file.open(encoding="utf-8", newline="") as stream:
-        return list(csv.DictReader(stream))
+        try:
+            return list(csv.DictReader(stream))
+        except csv.Error as err:
+            raise ValueError(f"{file}: {err}") from err

@@ -11,7 +11,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from anatomaly.errors import ConfigError, ManifestError
-from anatomaly.files import write_whole
+from anatomaly.files import read_json, write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -69,14 +69,14 @@ def read_support_lists(file: Path, manifest: Manifest) -> dict[str, dict[int, li
     if not file.is_file():
         raise ConfigError(f"{file}: no such file. Give the supports.json of a benchmark.")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         entries = {
             task: {int(seed): [[_key(image) for image in draw] for draw in draws] for seed, draws in seeds.items()}
             for task, seeds in content["supports"].items()
         }
         wanted = content["digest"]
         if content["format"] != FORMAT:
-            raise ConfigError(f"{file}: support lists of format {content['format']}, expected {FORMAT}.")
+            raise ConfigError(f"{file}: support lists of format {content['format']!r:.20}, expected {FORMAT}.")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
         raise ConfigError(f"{file}: not a list of supports. Give the supports.json of a benchmark.") from err
     lists: dict[str, dict[int, list[tuple[Sample, ...]]]] = {}

@@ -73,7 +73,7 @@ class PatchNearestNeighbours(nn.Module):
         """
         comparisons = []
         for level, query in enumerate(encoded):
-            bank = support[f"patches_{level}"]
+            bank = support[f"patches_{level}"].float()
             shots, channels, h, w = bank.shape
             patches = bank.permute(0, 2, 3, 1).reshape(-1, channels)  # (K*h*w, C)
             targets, weights = [], []

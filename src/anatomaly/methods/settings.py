@@ -105,4 +105,4 @@ class AttentionSettings:
         check_words(self, "method.attention")
         levels = self.teacher_levels
         check("method.attention.teacher_levels", levels, levels in (0, 1, 2, 3, 4), "0 to 4")
-        check("method.attention.deepest", self.deepest, 0 <= self.deepest < math.inf, "at least 0")
+        check("method.attention.deepest", self.deepest, 0 <= self.deepest <= 1e6, "0 to a million")

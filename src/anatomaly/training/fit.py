@@ -17,7 +17,7 @@ from anatomaly.detector.detector import Detector, choose_device
 from anatomaly.detector.facts import TEACHERS, ModelFacts
 from anatomaly.errors import ConfigError
 from anatomaly.evaluation.protocols import split_normals
-from anatomaly.files import write_whole
+from anatomaly.files import read_json, write_whole
 from anatomaly.methods import METHODS, build_method
 from anatomaly.presets import load_preset
 from anatomaly.scoring import scale_from_normals
@@ -164,9 +164,11 @@ def _finished(out: Path, config: FitConfig, manifest: Manifest) -> bool:
     wanted = json.loads(json.dumps({"data": manifest.fingerprint(), **config.as_dict()}))
     record = out / "training" / "run.json"
     try:
-        found = with_later_settings(json.loads(record.read_text(encoding="utf-8")))
+        found = with_later_settings(read_json(record, finite=False))
     except (FileNotFoundError, NotADirectoryError):
         found = None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as err:
+        raise ConfigError(f"{record}: is damaged. Choose another --out or delete {out}.") from err
     complete = (out / CONFIG).is_file()
     if found == wanted:
         return complete

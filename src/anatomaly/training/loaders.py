@@ -139,6 +139,7 @@ def _source(
         disk_bytes=disk,
         precision=settings.precision,
         device=prepare.device,
+        size=prepare.preprocessing.size,
     )
     keys = [image_key(row, prepare.of(row.task)) for row in rows]
 
