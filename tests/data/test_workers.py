@@ -242,11 +242,10 @@ def test_a_worker_starts_where_the_way_to_the_interpreter_is_closed(monkeypatch,
     started, popen = [], subprocess.Popen
     monkeypatch.setattr(workers.subprocess, "Popen", lambda *words, **how: started.append(how) or popen(*words, **how))
     monkeypatch.setattr(workers.os, "access", lambda *_: False)
-    Image.fromarray(np.full((16, 16), 7, np.uint8)).save(tmp_path / "a.png")
-    worker = workers._Worker()
+    own = workers._Pool()
+    monkeypatch.setattr(workers, "_pool", own)
     try:
-        request = {"verb": "count", "path": str(tmp_path / "a.png"), "limit": 1.0, "memory": 2**33}
-        assert worker.ask(request) == ({"count": 1}, None)
+        assert read_image(grey(tmp_path / "a.png")).pixels.max() == 7
     finally:
-        worker.process.kill()
-    assert started[0]["executable"] == "/proc/self/exe"
+        own.end()
+    assert [each["executable"] for each in started] == ["/proc/self/exe"]
