@@ -71,12 +71,11 @@ def make_detector(lite0):
     from anatomaly.config import MethodConfig
     from anatomaly.detector.detector import Detector
     from anatomaly.detector.facts import ModelFacts
-    from anatomaly.methods import build_method
+    from anatomaly.methods import METHODS, build_method
     from anatomaly.types import Preprocessing, Scoring
 
     def make(name="d24fad", *, teacher=lite0, seed=0, scoring=None, task_intensity=None, **preprocessing):
-        teachers = [teacher, teacher] if name == "pdd" else [teacher]
-        method = build_method(name, teachers, seed=seed)
+        method = build_method(name, [teacher] * METHODS[name].teachers, seed=seed)
         return Detector(
             method,
             preprocessing=Preprocessing(**{"size": (64, 64), **preprocessing}),

@@ -32,7 +32,7 @@ images *= torch.linspace(0.3, 1, 19).view(-1, 1, 1, 1)
 query, others, supports = images[:1], images[1:16], images[16:]
 lite0 = build_backbone("efficientnet_lite0")
 for name in METHODS:
-    method = build_method(name, [lite0, lite0] if name == "pdd" else [lite0], seed=3).eval()
+    method = build_method(name, [lite0] * METHODS[name].teachers, seed=3).eval()
     bank, _ = embed_tensor(method, supports)
     if name == "d24fad":
         for level, encoded in enumerate(encode_tensor(method, query)):
@@ -44,7 +44,7 @@ for name in METHODS:
     for size, place in ((3, 2), (8, 0), (8, 7), (16, 9)):
         batch = torch.cat([others[:place], query, others[place : size - 1]])
         judged = predict_tensor(method, batch, bank, scoring=Scoring())
-        for field in ("maps", "scores", "weights") if method.needs_support else ("maps", "scores"):
+        for field in ("maps", "scores") if alone.weights is None else ("maps", "scores", "weights"):
             off = float((getattr(judged, field)[place] - getattr(alone, field)[0]).abs().max())
             assert off <= 1e-5, f"{name}: {field} of image {place + 1} of {size} are off by {off:.1e}"
 """

@@ -17,8 +17,7 @@ SCORING = Scoring(blur=4.0, pooling="topk", top_fraction=0.05)
 
 @pytest.fixture(scope="module", params=list(METHODS))
 def method(request, lite0):
-    teachers = [lite0, lite0] if request.param == "pdd" else [lite0]
-    return build_method(request.param, teachers, seed=3).eval()
+    return build_method(request.param, [lite0] * METHODS[request.param].teachers, seed=3).eval()
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +40,7 @@ def test_a_batch_of_eight_scores_like_eight_batches_of_one(method, images):
     together = judge(method, queries, supports)
     alone = [judge(method, query[None], supports) for query in queries]
     assert together.scores.std() > 1e-3, "the images must differ for the comparison to mean anything"
-    for field in ("maps", "scores", "weights") if method.needs_support else ("maps", "scores"):
+    for field in ("maps", "scores") if together.weights is None else ("maps", "scores", "weights"):
         expected = torch.cat([getattr(one, field) for one in alone])
         torch.testing.assert_close(getattr(together, field), expected, rtol=0, atol=1e-5)
 
@@ -76,7 +75,7 @@ def test_evaluate_predict_and_predict_tensor_give_the_same_number(name, make_det
     np.testing.assert_allclose(evaluation.scores[0], scored.scores, rtol=0, atol=1e-6)
     np.testing.assert_allclose([p.score for p in predictions], scored.scores, rtol=0, atol=1e-6)
     np.testing.assert_allclose([p.anomaly_map for p in predictions], scored.maps, rtol=0, atol=1e-6)
-    if detector.method.needs_support:
+    if scored.weights is not None:
         np.testing.assert_allclose([p.support_weights for p in predictions], scored.weights, rtol=0, atol=1e-6)
 
 

@@ -284,7 +284,7 @@ def test_the_choices_arrive_and_the_table_is_complete():
 
 
 def test_an_unknown_method_is_refused():
-    known = "attention, d24fad, pdd, nearest"
+    known = ", ".join(METHODS)
     message = rf"^method: unknown name 'd24', expected one of {known}\. Did you mean d24fad\?$"
     with pytest.raises(ConfigError, match=message):
         build_method("d24", TEACHER)

@@ -55,12 +55,12 @@ def test_a_built_in_record_says_what_its_class_does(name, lite0):
     kind = imported(record.method)
     assert record.name == name
     assert kind.needs_support == record.few_shot
-    assert record.trained == (name != "nearest")
     assert is_dataclass(record.settings)
     settings = record.settings()
     assert settings == record.settings()
     built = build_method(name, [lite0] * record.teachers)
     assert type(built) is kind
+    assert record.trained == bool(list(built.parameters())), "what has weights has to be trained"
     assert built.settings == settings
     assert len(built.teachers) == record.teachers
     assert bool(record.release) == bool(record.load_release)
@@ -68,8 +68,8 @@ def test_a_built_in_record_says_what_its_class_does(name, lite0):
 
 
 def test_the_built_in_methods_are_listed_in_their_order():
-    assert METHODS.built_in == ("attention", "d24fad", "pdd", "nearest")
-    assert list(METHODS)[:4] == list(METHODS.built_in)
+    assert METHODS.built_in[:4] == ("attention", "d24fad", "pdd", "nearest"), "new ones come after them"
+    assert list(METHODS)[: len(METHODS.built_in)] == list(METHODS.built_in)
 
 
 def test_a_record_can_be_registered_and_its_method_is_built(monkeypatch, lite0):
@@ -104,11 +104,11 @@ def test_a_taken_name_is_refused(table):
 def test_an_installed_method_is_found(installed):
     table = installed(own=f"{__name__}:OWN", pdd=f"{__name__}:OWN")
     assert list(table) == [*METHODS.built_in, "own"]
-    assert len(table) == 5
+    assert len(table) == len(METHODS.built_in) + 1
     assert table["own"] is OWN
     assert table["pdd"] is METHODS["pdd"], "an entry point takes no built-in name"
     assert table.loadable() == list(table)
-    with pytest.raises(ConfigError, match=r"expected one of .*, nearest, own\. Did you mean own\?$"):
+    with pytest.raises(ConfigError, match=r"expected one of .*, nearest, .*own\. Did you mean own\?$"):
         table["owm"]
 
 

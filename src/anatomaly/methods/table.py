@@ -41,7 +41,7 @@ class MethodRecord:
         deepest_support: Its loss looks at the deepest level of the supports only; the others need not be loaded then.
         teachers: The most frozen backbones it takes, 1 or 2.
         conservative_leave_one_out: A support judged against the others scores no lower than a new normal image does.
-        defaults: Settings of `fit` that go with it, as in a preset file; built-in methods have a preset of their name.
+        defaults: Settings of `fit` that go with it, as in a preset file; a preset of its name takes their place.
         release: Preset with the settings of the method's official release, where there is one.
         load_release: What loads a checkpoint of that release into the method, as "module:function".
     """
