@@ -68,6 +68,8 @@ def check_words(settings: Any, where: str) -> None:
         words, value = get_args(kind), getattr(settings, name)
         if words and isinstance(words[0], str):
             check(f"{where}.{name}", value, value in words, f"one of {', '.join(words)}")
+        elif kind is int:
+            check(f"{where}.{name}", repr(value), type(value) is int, "a whole number")
         elif kind is bool:
             check(f"{where}.{name}", value, isinstance(value, bool), "true or false")
         elif kind in _NUMBERS:

@@ -435,7 +435,7 @@ def test_a_model_whose_supports_count_nothing_is_refused_before_anything_is_writ
     detector = Detector(method, **settings, device="cpu")
     supports = phantom.select(task="head_ct", split="train").samples[:2]
     detector.set_support(supports)
-    with pytest.raises(ConfigError, match="supports count nothing in its score"):
+    with pytest.raises(ConfigError, match="does not say what each support counted"):
         explain_supports(detector, supports, tmp_path / "out", pictures=[np.zeros((1, 64, 64), np.float32)] * 2)
     assert not (tmp_path / "out").exists()
 

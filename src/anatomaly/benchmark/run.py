@@ -21,10 +21,7 @@ from anatomaly.benchmark.grid import Cell, Entry, Grid, keys_of, settings_of, su
 from anatomaly.config import differences, with_later_settings
 from anatomaly.data.decoding import MAX_DECODED_GIB, decoded_limit, limit_decoded
 from anatomaly.errors import AnatomalyError, ConfigError
-from anatomaly.evaluation.protocols import (
-    leave_one_task_out,
-    supports_at_most,
-)
+from anatomaly.evaluation.protocols import leave_one_task_out, supports_at_most
 from anatomaly.evaluation.support_lists import write_support_lists
 from anatomaly.files import read_json, write_whole
 
@@ -211,19 +208,20 @@ def _cost_of(file: Path) -> dict[str, Any]:
 
 
 def _judge(grid: Grid, cell: Cell, entry: Entry, model: Path) -> Any:
-    """What `evaluate` asks for scores: a trained model, a peer, or nearest neighbours."""
+    """What `evaluate` asks for scores: a trained model, a peer, or an untrained method."""
     from anatomaly.backbones import build_backbone
     from anatomaly.benchmark.peers import build_peer
     from anatomaly.detector.detector import Detector, choose_device
     from anatomaly.detector.facts import ModelFacts
     from anatomaly.methods import build_method
+    from anatomaly.training.fit import teachers_of
 
     settings = settings_of(grid, cell)
     if entry.trained:
         return Detector.load(model, device=settings.training.device)
-    wanted = settings.teacher
-    teacher = build_backbone(wanted.name, weights=wanted.weights, normalise=wanted.normalise)
     if entry.peer is not None:
+        wanted = settings.teacher
+        teacher = build_backbone(wanted.name, weights=wanted.weights, normalise=wanted.normalise)
         return build_peer(
             entry.peer,
             teacher,
@@ -233,7 +231,7 @@ def _judge(grid: Grid, cell: Cell, entry: Entry, model: Path) -> Any:
             device=choose_device(settings.training.device),
             **entry.options,
         )
-    method = build_method(settings.method.name, [teacher], settings.method.settings)
+    method = build_method(settings.method.name, teachers_of(settings), settings.method.settings)
     return Detector(
         method,
         preprocessing=settings.preprocessing,

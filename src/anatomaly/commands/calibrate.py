@@ -155,6 +155,6 @@ def _print(calibration: Calibration) -> None:
     if calibration.guarantee == "exact":
         print("  (the stated rate is the mean over calibrations; 90 % of those of this size lie in the range)")
     if calibration.guarantee == "approximate":
-        print("Leave-one-out with a trained method is approximate: measured, not proven. Other normals make it exact.")
+        print("Leave-one-out with this method is approximate: measured, not proven. Other normals make it exact.")
     elif calibration.guarantee == "conservative":
-        print("Leave-one-out with nearest neighbours holds, and errs on the side of calling fewer.")
+        print("Leave-one-out with this method holds, and errs on the side of calling fewer.")

@@ -96,8 +96,8 @@ def _weighted_levels(detector: Detector, bank: SupportBank) -> int:
     weights = detector.compare(detector.encode([blank]), bank).weights
     if weights is None:
         raise ConfigError(
-            f"explain supports: this model of {detector.facts.name} was made so that supports count nothing in its "
-            "score. Choose another model."
+            f"explain supports: this model of {detector.facts.name} does not say what each support counted. Choose "
+            "another model."
         )
     return weights.shape[1]
 

@@ -189,7 +189,7 @@ METHODS = _Table(
     ),
     MethodRecord(
         "nearest",
-        "patch nearest neighbours of the teacher; nothing is trained",
+        "patch nearest neighbours of the teacher's features",
         "anatomaly.methods.nearest:PatchNearestNeighbours",
         NearestSettings,
         few_shot=True,

@@ -67,7 +67,7 @@ def fit(
     device, precision = choose_device(config.training.device), config.training.precision
     manifest = replace(manifest, samples=tuple(row for row in manifest if row.split != "test")).with_hashes()
     train, held_out = split_normals(manifest, validation=config.training.validation, seed=config.training.seed)
-    built = _teachers(config, record.teachers) if teachers is None else list(teachers)
+    built = teachers_of(config) if teachers is None else list(teachers)
     _check_size(built, config)
     method = build_method(config.method.name, built, config.method.settings, seed=config.training.seed)
     if _finished(out, config, manifest):
@@ -97,12 +97,13 @@ def fit(
     return detector
 
 
-def _teachers(config: FitConfig, most: int) -> list[Teacher]:
-    """The frozen backbones a method needs.
+def teachers_of(config: FitConfig) -> list[Teacher]:
+    """The frozen backbones that the settings name and the method takes.
 
     Raises:
         WeightsError: Their weights cannot be had.
     """
+    most = METHODS[config.method.name].teachers
     wanted = [each for each in (config.teacher, config.global_teacher)[:most] if each.name != "none"]
     return [build_backbone(each.name, weights=each.weights, normalise=each.normalise) for each in wanted]
 

@@ -3,39 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from anatomaly.backbones.feature_cache import FeatureCache, image_key
 from anatomaly.backbones.weights import cache_dir
+from anatomaly.data.loading import load_batches
+from anatomaly.errors import ReadError
 from anatomaly.synthetic.phantom import is_drawn
 from anatomaly.training.episodes import Batch, Episodes, EpisodeSampler, as_is
 from anatomaly.training.lesion_episodes import LesionEpisodes, StepSampler, synthetic_images
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
     from anatomaly.config import TrainingConfig
     from anatomaly.methods import MethodRecord
-    from anatomaly.types import Features, Intensity, Method, Sample
-
-
-from typing import TYPE_CHECKING, NamedTuple
-
-import numpy as np
-
-from anatomaly.data.loading import load_batches
-from anatomaly.errors import ReadError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from torch import Tensor
-
     from anatomaly.types import Features, Intensity, Method, Preprocessing, Sample
 
 _READ_BATCH = 32
