@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from anatomaly.backbones import feature_cache
+from anatomaly.backbones import feature_cache, feature_files
 from anatomaly.backbones.feature_cache import FeatureCache, image_key
 from anatomaly.errors import ConfigError
 from anatomaly.types import Intensity, Preprocessing, Sample
@@ -394,7 +394,7 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path):
             damaged = bytearray(good)
             damaged[place] ^= 1 << bit
             with pytest.raises(Exception):  # noqa: B017
-                feature_cache._unpacked(bytes(damaged))
+                feature_files.unpacked(bytes(damaged))
 
 
 @pytest.mark.parametrize("value", [65600.0, -65600.0, float("inf"), float("nan")])
@@ -499,14 +499,14 @@ def test_processes_share_a_folder_and_may_be_killed(tmp_path, start):
     while len(whole) < 6 * 8:  # files are looked at as soon as they have their name
         assert killed.poll() is None
         for file in set(files(tmp_path)) - whole:
-            feature_cache._unpacked(file.read_bytes())
+            feature_files.unpacked(file.read_bytes())
             whole.add(file)
     killed.send_signal(signal.SIGKILL)
     for worker, code in ((killed, -signal.SIGKILL), (finished, 0)):
         assert worker.communicate(timeout=60) == ("", "")
         assert worker.returncode == code
     for file in files(tmp_path):
-        feature_cache._unpacked(file.read_bytes())
+        feature_files.unpacked(file.read_bytes())
     store = FeatureCache(memory_bytes=0, folder=tmp_path)
     for run in range(5):
         levels, loaded = get(store, range(8), teacher=large(run))
