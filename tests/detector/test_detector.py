@@ -8,7 +8,7 @@ import torch
 from golden_io import Golden, uniform
 from PIL import Image as Pillow
 
-from anatomaly.detector.detector import Detector, choose_device
+from anatomaly.detector.detector import Detector
 from anatomaly.detector.official import import_checkpoint
 from anatomaly.errors import ConfigError, NotReadyError, ReadError, WeightsError
 from anatomaly.methods import METHODS
@@ -344,13 +344,6 @@ def test_the_tensors_of_a_call_do_not_change(detector):
     predict_tensor(detector.method, images, bank, scoring=Scoring())
     for was, now in zip(before, [images, *bank.values(), *encoded], strict=True):
         assert torch.equal(was, now)
-
-
-def test_cuda_is_refused_where_there_is_none(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose_device("auto") == "cpu"
-    with pytest.raises(ConfigError, match="--device cpu"):
-        choose_device("cuda")
 
 
 # Official checkpoints
