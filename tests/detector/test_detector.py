@@ -364,7 +364,7 @@ def test_an_imported_checkpoint_has_the_settings_of_the_release(imported):
     for detector in imported[:2]:
         assert detector.preprocessing == Preprocessing((128, 128), "squash", "lanczos", Intensity("auto"))
         assert detector.scoring == Scoring(blur=4.0, pooling="max")
-        assert detector.method.teacher.normalise is False
+        assert detector.method.teachers["teacher"].normalise is False
         assert not detector.method.training
 
 
