@@ -59,7 +59,7 @@ def main():
 def training_step(method, images):
     """Seconds of the loss and its gradients for 4 queries with 4 supports each."""
     with torch.no_grad():
-        levels = [level.clone() for level in method.teacher(images)]
+        levels = [level.clone() for level in method.teachers["teacher"](images)]
     supports = {"teacher": [level[:, None].repeat(1, 4, *[1] * (level.ndim - 1)) for level in levels]}
     query = {"teacher": levels, "pasted": [level.flip(0) for level in levels]}
     query["mask"] = [torch.rand(len(images), *images.shape[2:]) > 0.9]

@@ -69,7 +69,7 @@ def d24fad_sides(args):
     plain = build_method("d24fad", build_backbone("wide_resnet50_2", weights="random", normalise=False)).eval()
     plain.load_state_dict(method.state_dict())
     plain.to(memory_format=torch.contiguous_format)
-    plain.teacher.to(memory_format=torch.contiguous_format)
+    plain.teachers["teacher"].to(memory_format=torch.contiguous_format)
     scoring = Scoring()
 
     with torch.inference_mode():
@@ -122,8 +122,8 @@ def pdd_sides(args):
 def release(method, queries, supports):
     """The released procedure: every support copied to the batch size and encoded for every batch."""
     size = (queries.shape[2], queries.shape[3])
-    encoded = method.student(method.teacher.body(queries)[-1])
-    shots = [method.student(method.teacher.body(s.expand(len(queries), -1, -1, -1))[-1]) for s in supports]
+    encoded = method.student(method.teachers["teacher"].body(queries)[-1])
+    shots = [method.student(method.teachers["teacher"].body(s.expand(len(queries), -1, -1, -1))[-1]) for s in supports]
     comparisons = []
     for level, query in enumerate(encoded):
         values = torch.stack([shot[level] for shot in shots], dim=1)  # (B, K, C, h, w)

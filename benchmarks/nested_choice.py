@@ -66,7 +66,7 @@ def gains_of(detector, manifest, task, draws, seed):
     rows = samples_to_test(manifest, task)
     labels = np.array([row.label for row in rows])
     batches = [tensor(batch) for batch in load_batches(rows, detector.preprocessing, batch_size=32)]
-    method, nearest = detector.method, build_method("nearest", detector.method.teacher)
+    method, nearest = detector.method, build_method("nearest", detector.method.teachers["teacher"])
     features = [method.extract(images) for images in batches]
     encoded, reference = ([each.encode(of) for of in features] for each in (method, nearest))
     gains = np.zeros((draws, len(SETTINGS), len(SHOTS)))

@@ -96,7 +96,7 @@ class Side:
 
     def _features(self):
         """Teacher features of queries and of supports (B, K, ...)."""
-        run = self.method.teacher.body if self.released else self.method.teacher
+        run = self.method.teachers["teacher"].body if self.released else self.method.teachers["teacher"]
         shots = [run(self.support[:, k])[-1] for k in range(self.support.shape[1])]
         return {"teacher": list(run(self.query))[-4:]}, {"teacher": [torch.stack(shots, dim=1)]}
 

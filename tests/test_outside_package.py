@@ -38,15 +38,11 @@ class MeanDistance(nn.Module):
 
     def __init__(self, teacher, *, settings):
         super().__init__()
-        self._teacher, self.settings = [teacher], settings
+        self.teachers, self.settings = {"teacher": teacher}, settings
         self.scales = nn.ParameterList([nn.Parameter(torch.ones(c, 1, 1)) for c in teacher.channels[: settings.levels]])
 
-    @property
-    def teachers(self):
-        return {"teacher": self._teacher[0]}
-
     def extract(self, images):
-        return {"teacher": self._teacher[0](images)}
+        return {"teacher": self.teachers["teacher"](images)}
 
     extract_support = extract
 

@@ -5,7 +5,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from anatomaly.data.check import NEAR_SIMILARITY, check_manifest, edge_signature, format_report
+from anatomaly.data.check import NEAR_SIMILARITY, check_manifest, edge_signature
+from anatomaly.data.findings import format_report
 from anatomaly.data.manifest import Manifest, load_manifest
 from anatomaly.errors import ReadError
 from anatomaly.types import Image, Intensity, Sample

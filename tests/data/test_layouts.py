@@ -6,8 +6,10 @@ import PIL.Image
 import pytest
 
 from anatomaly.data import layouts
+from anatomaly.data.layouts import rows_of
 from anatomaly.data.manifest import load_manifest
 from anatomaly.errors import ManifestError
+from anatomaly.types import Sample
 
 
 def make_images(folder, *names):
@@ -246,3 +248,10 @@ def test_real_sets_have_the_counts_of_their_readme(read):
         kinds = [(s.split, s.label) for s in own]
         assert (kinds.count(("train", 0)), kinds.count(("test", 0)), kinds.count(("test", 1))) == counts
         assert len(kinds) == sum(counts)
+
+
+def test_one_path_is_taken_for_a_list_of_one(tmp_path):
+    make_images(tmp_path, "ab.png")
+    row = Sample(tmp_path / "ab.png", "t")
+    for items in (row.path, str(row.path), [row.path], [row]):
+        assert list(rows_of(items, task="t")) == [row]

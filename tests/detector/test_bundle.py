@@ -113,7 +113,7 @@ def test_a_teacher_from_a_file_is_found_in_the_bundle_without_that_file(own_bund
     folder, detector = own_bundle
     moved = shutil.copytree(folder, tmp_path / "elsewhere")
     loaded = Detector.load(moved, device="cpu")
-    assert loaded.method.teacher.weights_hash == own_teacher.weights_hash
+    assert loaded.method.teachers["teacher"].weights_hash == own_teacher.weights_hash
     scores = [[p.score for p in judge(each, phantom)] for each in (detector, loaded)]
     assert scores[0] == scores[1]
     again = tmp_path / "again"

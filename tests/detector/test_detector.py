@@ -8,7 +8,7 @@ import torch
 from golden_io import Golden, uniform
 from PIL import Image as Pillow
 
-from anatomaly.detector.detector import Detector, choose_device
+from anatomaly.detector.detector import Detector
 from anatomaly.detector.official import import_checkpoint
 from anatomaly.errors import ConfigError, NotReadyError, ReadError, WeightsError
 from anatomaly.methods import METHODS
@@ -347,13 +347,6 @@ def test_the_tensors_of_a_call_do_not_change(detector):
         assert torch.equal(was, now)
 
 
-def test_cuda_is_refused_where_there_is_none(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose_device("auto") == "cpu"
-    with pytest.raises(ConfigError, match="--device cpu"):
-        choose_device("cuda")
-
-
 # Official checkpoints
 
 
@@ -372,7 +365,7 @@ def test_an_imported_checkpoint_has_the_settings_of_the_release(imported):
     for detector in imported[:2]:
         assert detector.preprocessing == Preprocessing((128, 128), "squash", "lanczos", Intensity("auto"))
         assert detector.scoring == Scoring(blur=4.0, pooling="max")
-        assert detector.method.teacher.normalise is False
+        assert detector.method.teachers["teacher"].normalise is False
         assert not detector.method.training
 
 

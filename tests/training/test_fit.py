@@ -126,7 +126,7 @@ def test_the_loss_falls(scans, tmp_path, one_teacher):
 
 
 def test_the_teacher_does_not_change(finished, lite0):
-    teacher = finished[1].method.teacher
+    teacher = finished[1].method.teachers["teacher"]
     assert state_digest(teacher.body.state_dict()) == teacher.weights_hash == lite0.weights_hash
     assert digest(finished[1]) != state_digest(build_method("d24fad", lite0, seed=111).state_dict())  # the student did
 
@@ -606,7 +606,7 @@ def test_a_killed_run_of_attention_goes_on_to_the_same_weights_and_scores(
     assert resumed.facts == whole.facts
     assert progress(tmp_path / "model") == progress(tmp_path / "whole")
     assert state_digest(fit_last(tmp_path / "model")) == state_digest(fit_last(tmp_path / "whole"))
-    untrained = build_method("attention", whole.method.teacher, seed=111)
+    untrained = build_method("attention", whole.method.teachers["teacher"], seed=111)
     assert state_digest(fit_last(tmp_path / "whole")) != state_digest(untrained.state_dict())
     lines = progress(tmp_path / "whole")
     assert len({line["total"] for line in lines}) == 3

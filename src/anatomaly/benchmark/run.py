@@ -211,7 +211,8 @@ def _judge(grid: Grid, cell: Cell, entry: Entry, model: Path) -> Any:
     """What `evaluate` asks for scores: a trained model, a peer, or an untrained method."""
     from anatomaly.backbones import build_backbone
     from anatomaly.benchmark.peers import build_peer
-    from anatomaly.detector.detector import Detector, choose_device
+    from anatomaly.detector.detector import Detector
+    from anatomaly.detector.device import choose_device
     from anatomaly.detector.facts import ModelFacts
     from anatomaly.methods import build_method
     from anatomaly.training.fit import teachers_of

@@ -22,7 +22,8 @@ def check_arguments(parser: ArgumentParser) -> None:
 def run_check(options: Namespace) -> int:
     """Run `data check`."""
     from anatomaly.config import check_intensity
-    from anatomaly.data.check import check_manifest, format_report
+    from anatomaly.data.check import check_manifest
+    from anatomaly.data.findings import format_report
     from anatomaly.data.manifest import load_manifest, write_csv
 
     if options.intensity is not None:

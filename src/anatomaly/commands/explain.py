@@ -91,7 +91,7 @@ def run_teachers(options: Namespace) -> int:
 def _classifier(teacher: Namespace, device: str) -> Classifier:
     from anatomaly.backbones import BACKBONES, build_backbone
     from anatomaly.backbones.timm_features import TimmSpec
-    from anatomaly.detector.detector import choose_device
+    from anatomaly.detector.device import choose_device
     from anatomaly.explain.classifiers import classifier_of
 
     built = build_backbone(teacher.name, weights=teacher.weights, normalise=teacher.normalise)

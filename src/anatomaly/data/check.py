@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from anatomaly.data.listing import LeftOut, describe
+from anatomaly.data.findings import CheckReport, Count, DuplicateGroup, NearDuplicate, PatientLeak, row_name
 from anatomaly.data.loading import read_ahead
 from anatomaly.data.manifest import Manifest
 from anatomaly.data.readers import read_image, read_mask_of, sniff_format
@@ -30,139 +29,6 @@ _GRID = 32  # cells per side of the thumbnail the edges are taken from
 _LARGE = 1e15  # squares of larger pixels overflow float32
 _CHUNK = 1024  # rows of the similarity matrix held at once
 _AHEAD = 8  # images read ahead of the one being looked at
-_LISTED = 10  # findings of one kind the text report prints
-_LABEL_WORDS = {0: "normal", 1: "anomalous", None: "unknown"}
-
-
-@dataclass(frozen=True, slots=True)
-class Count:
-    """How many rows one task, split and label has.
-
-    Attributes:
-        task: Name of the task.
-        split: "train", "val" or "test".
-        label: 0 normal, 1 anomalous, None unknown.
-        images: Rows.
-        with_mask: Rows that name a lesion mask.
-        with_patient: Rows that name a patient.
-    """
-
-    task: str
-    split: Split
-    label: int | None
-    images: int
-    with_mask: int
-    with_patient: int
-
-
-@dataclass(frozen=True, slots=True)
-class DuplicateGroup:
-    """Rows whose files are equal byte for byte (and whose frame is the same)."""
-
-    samples: tuple[Sample, ...]
-
-    @property
-    def crosses_splits(self) -> bool:
-        """True where one task has the image in two splits."""
-        return _varies(self.samples, lambda sample: sample.split)
-
-    @property
-    def labels_conflict(self) -> bool:
-        """True where one task calls the image both normal and anomalous."""
-        return _varies((s for s in self.samples if s.label is not None), lambda sample: sample.label)
-
-
-@dataclass(frozen=True, slots=True)
-class NearDuplicate:
-    """Two images of one task, in different splits, that look the same.
-
-    Attributes:
-        first: Row of the earlier split (train before val before test).
-        second: Row of the later split.
-        similarity: Cosine of the two edge signatures, from `NEAR_SIMILARITY` to 1.
-    """
-
-    first: Sample
-    second: Sample
-    similarity: float
-
-
-@dataclass(frozen=True, slots=True)
-class PatientLeak:
-    """A patient of one task whose images lie in several splits.
-
-    Attributes:
-        task: Name of the task.
-        key: First 8 hex digits of the sha256 of patient_id; the id itself is never reported.
-        rows: (split, number of rows) pairs.
-    """
-
-    task: str
-    key: str
-    rows: tuple[tuple[Split, int], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class CheckReport:
-    """Findings of `check_manifest`.
-
-    Attributes:
-        counts: Rows per task, split and label, sorted.
-        unreadable: (row, reason) of every file that cannot be read as an image.
-        not_mapped: (row, reason) of every image that the intensity rule cannot map to [0, 1]: `predict` refuses it too.
-        bad_masks: (row, reason) of every mask that cannot be read or has another size than its image.
-        altered: Rows whose file no longer has the sha256 the manifest gives.
-        duplicates: Groups of equal files.
-        near_duplicates: Look-alikes across splits, most similar first.
-        patients_in_two_splits: Patients whose images lie in several splits.
-        left_out: Files and folders that became no row, by reason.
-        notes: (row, note) of every image whose pixels need a word, such as an unusable window.
-    """
-
-    counts: tuple[Count, ...]
-    unreadable: tuple[tuple[str, str], ...] = ()
-    bad_masks: tuple[tuple[str, str], ...] = ()
-    altered: tuple[str, ...] = ()
-    duplicates: tuple[DuplicateGroup, ...] = ()
-    near_duplicates: tuple[NearDuplicate, ...] = ()
-    patients_in_two_splits: tuple[PatientLeak, ...] = ()
-    not_mapped: tuple[tuple[str, str], ...] = ()
-    left_out: LeftOut = field(default_factory=dict)
-    notes: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def ok(self) -> bool:
-        """True without errors; warnings do not count."""
-        return not self.errors
-
-    @property
-    def errors(self) -> list[str]:
-        """Findings that make results wrong, one line each."""
-        findings = {
-            "patients have images in two splits": len(self.patients_in_two_splits),
-            "images appear in two splits of one task": sum(group.crosses_splits for group in self.duplicates),
-            "images are listed both as normal and as anomalous": sum(g.labels_conflict for g in self.duplicates),
-            "files are not the ones the manifest was written for (sha256 differs)": len(self.altered),
-        }
-        lines = [f"{number} {what}" for what, number in findings.items() if number]
-        if self.unreadable and len(self.unreadable) == sum(count.images for count in self.counts):
-            lines.append("no file is readable")
-        return lines
-
-    @property
-    def warnings(self) -> list[str]:
-        """Findings a person should look at, one line each."""
-        harmless = [g for g in self.duplicates if not g.crosses_splits and not g.labels_conflict]
-        findings = {
-            "files are unreadable": len(self.unreadable),
-            "images are refused by the intensity rule, by fit and predict too (see --intensity)": len(self.not_mapped),
-            "masks are unreadable or do not fit their image": len(self.bad_masks),
-            "images are repeated within a split or across tasks": len(harmless),
-            "pairs of images look the same across splits": len(self.near_duplicates),
-        }
-        noted = Counter(note for _, note in self.notes)
-        lines = [f"{number} {what}" for what, number in findings.items() if number]
-        return lines + [f"{number} images: {note}" for note, number in sorted(noted.items())] + _gaps(self.counts)
 
 
 def check_manifest(
@@ -181,7 +47,7 @@ def check_manifest(
         on_progress: Called with (images done, images in all) after every image.
 
     Returns:
-        The findings; see `format_report` for text.
+        The findings; see `findings.format_report` for text.
     """
     readable: list[Sample] = []
     unreadable: list[tuple[str, str]] = []
@@ -197,16 +63,16 @@ def check_manifest(
     looks = read_ahead(manifest, partial(_look, near=near, preprocessing=preprocessing), rows=_AHEAD, size=lambda _: 0)
     for done, (sample, look) in enumerate(zip(manifest, looks, strict=True), start=1):
         if isinstance(look, str):
-            unreadable.append((_row(sample), look))
+            unreadable.append((row_name(sample), look))
         else:
             readable.append(sample)
-            not_mapped += [] if look.fault is None else [(_row(sample), look.fault)]
+            not_mapped += [] if look.fault is None else [(row_name(sample), look.fault)]
             bad_masks += look.mask_faults
             groups[look.sha256, sample.frame].append(sample)
             if sample.sha256 not in (None, look.sha256):
-                altered.append(_row(sample))
+                altered.append(row_name(sample))
             if look.note is not None:
-                notes.append((_row(sample), look.note))
+                notes.append((row_name(sample), look.note))
             if look.signature is not None:
                 signatures.append(look.signature)
         if on_progress is not None:
@@ -253,36 +119,6 @@ def edge_signature(image: Image) -> NDArray[np.float32]:
     return (-edges if image.invert else edges).astype(np.float32)
 
 
-def format_report(report: CheckReport) -> str:
-    """Lay out a report as plain text for a terminal; long lists are cut after ten entries."""
-    table = [("task", "split", "label", "images", "masks", "patients given")]
-    table += [
-        (c.task, c.split, _LABEL_WORDS[c.label], str(c.images), str(c.with_mask), str(c.with_patient))
-        for c in report.counts
-    ]
-    widths = [max(len(row[column]) for row in table) for column in range(6)]
-    lines = ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
-    lines += _listing("Unreadable files", [f"{row}: {reason}" for row, reason in report.unreadable])
-    lines += _listing("Refused by the intensity rule", [f"{row}: {reason}" for row, reason in report.not_mapped])
-    lines += _listing("Masks", [f"{row}: {reason}" for row, reason in report.bad_masks])
-    lines += _listing("Files that changed since the manifest was written", report.altered)
-    lines += _listing("Duplicates", [_describe(group) for group in report.duplicates])
-    lines += _listing(
-        "Look-alikes across splits",
-        [f"{n.similarity:.3f}  {_row(n.first)} = {_row(n.second)}" for n in report.near_duplicates],
-    )
-    lines += _listing(
-        "Patients in two splits",
-        [
-            f"{leak.task}: patient #{leak.key}: " + ", ".join(f"{rows} in {split}" for split, rows in leak.rows)
-            for leak in report.patients_in_two_splits
-        ],
-    )
-    lines += ["", *filter(None, [describe(report.left_out)])]
-    lines += [*(f"error: {line}" for line in report.errors), *(f"warning: {line}" for line in report.warnings)]
-    return "\n".join([*lines, "ok" if report.ok else "not ok"])
-
-
 class _Look(NamedTuple):
     """What is kept of an image that was read."""
 
@@ -318,10 +154,10 @@ def _mask_faults(sample: Sample, image: Image) -> Iterator[tuple[str, str]]:
     try:
         mask = read_mask_of(sample)
     except ReadError as err:
-        yield _row(sample), f"{sample.mask.name} {_reason(err, sample.mask)}"
+        yield row_name(sample), f"{sample.mask.name} {_reason(err, sample.mask)}"
         return
     if mask is not None and mask.shape != image.size:
-        yield _row(sample), f"{sample.mask.name} has {_pixels(mask.shape)} pixels, the image {_pixels(image.size)}"
+        yield row_name(sample), f"{sample.mask.name} has {_pixels(mask.shape)} pixels, the image {_pixels(image.size)}"
 
 
 def _reason(err: ReadError, path: Path) -> str:
@@ -347,24 +183,6 @@ def _counts(samples: Iterable[Sample]) -> tuple[Count, ...]:
         )
         for key in order
     )
-
-
-def _gaps(counts: Sequence[Count]) -> list[str]:
-    """Warnings about what the table does not say."""
-    lines = []
-    for task in dict.fromkeys(count.task for count in counts):
-        own = [count for count in counts if count.task == task]
-        nameless = sum(count.images - count.with_patient for count in own)
-        if nameless and len({count.split for count in own}) > 1:
-            lines.append(f"{task}: {nameless} images name no patient, so leakage between splits cannot be ruled out")
-        unlabelled = sum(count.images for count in own if count.split == "train" and count.label is None)
-        if unlabelled:
-            lines.append(f"{task}: {unlabelled} training images have no label; training takes them as normal")
-        lesions = [count for count in own if count.label == 1]
-        masked, total = sum(count.with_mask for count in lesions), sum(count.images for count in lesions)
-        if 0 < masked < total:
-            lines.append(f"{task}: only {masked} of {total} anomalous images have a mask")
-    return lines
 
 
 def _patient_leaks(samples: Iterable[Sample]) -> Iterator[PatientLeak]:
@@ -405,31 +223,6 @@ def _similar_pairs(
         similarity = np.stack([signatures[index] for index in part]) @ right  # (part, columns)
         for i, j in np.argwhere(similarity >= NEAR_SIMILARITY):
             yield part[i], columns[j], min(1.0, float(similarity[i, j]))
-
-
-def _varies(samples: Iterable[Sample], value: Callable[[Sample], object]) -> bool:
-    """True where the value differs between two samples of one task."""
-    per_task: dict[str, set[object]] = defaultdict(set)
-    for sample in samples:
-        per_task[sample.task].add(value(sample))
-    return any(len(values) > 1 for values in per_task.values())
-
-
-def _describe(group: DuplicateGroup) -> str:
-    notes = ["two splits"] * group.crosses_splits + ["labels conflict"] * group.labels_conflict
-    return " = ".join(_row(sample) for sample in group.samples) + (f"  ({', '.join(notes)})" if notes else "")
-
-
-def _row(sample: Sample) -> str:
-    return f"{sample.task}/{sample.split}/{sample.name}"
-
-
-def _listing(title: str, entries: Sequence[str]) -> list[str]:
-    if not entries:
-        return []
-    rest = len(entries) - _LISTED
-    more = [f"  ... and {rest} more"] if rest > 0 else []
-    return ["", f"{title} ({len(entries)})", *(f"  {entry}" for entry in entries[:_LISTED]), *more]
 
 
 def _split_rank(split: Split) -> int:

@@ -7,7 +7,7 @@ folder `Ungood`, which contains `good`.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -280,3 +280,14 @@ def samples_of(item: str | Path | Sample, *, task: str) -> list[Sample]:
         return [item]
     path = Path(item)
     return [Sample(path, task, frame=frame) for frame in _frames(path)]
+
+
+def rows_of(items: Iterable[str | Path | Sample], *, task: str) -> Iterator[Sample]:
+    """Rows of all items a caller named, one after the other; one path is taken for a list of one.
+
+    Args:
+        items: As `samples_of` takes them.
+        task: Name of the data set for paths.
+    """
+    for item in [items] if isinstance(items, (str, Path)) else items:
+        yield from samples_of(item, task=task)

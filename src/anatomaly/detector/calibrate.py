@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from anatomaly.data.layouts import samples_of
+from anatomaly.data.layouts import rows_of
 from anatomaly.data.transforms import load
 from anatomaly.detector.conformal import Exchangeability, exchangeability, unit_of
 from anatomaly.errors import ConfigError, NotReadyError
@@ -186,7 +186,7 @@ def check(
 
 
 def _normal_rows(items: Iterable[str | Path | Sample], task: str, where: str) -> list[Sample]:
-    rows = [row for item in items for row in samples_of(item, task=task)]
+    rows = list(rows_of(items, task=task))
     if not rows:
         raise ConfigError(f"{where}: got no images, expected at least 1 normal image. Check the folder or table.")
     if anomalous := sum(row.label == 1 for row in rows):

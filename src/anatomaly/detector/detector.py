@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from anatomaly.config import check_preprocessing, check_scoring
-from anatomaly.data.layouts import samples_of
+from anatomaly.data.layouts import rows_of
 from anatomaly.data.loading import load_batches
 from anatomaly.data.readers import read_image
 from anatomaly.data.transforms import load, resolve_intensity, restore_map
@@ -28,6 +28,7 @@ from anatomaly.detector.bundle import (
 )
 from anatomaly.detector.checks import check_bank, check_model
 from anatomaly.detector.conformal import best_fit, misfit, with_p_value
+from anatomaly.detector.device import choose_device
 from anatomaly.detector.facts import TEACHERS, model_hash
 from anatomaly.errors import ConfigError, NotReadyError
 from anatomaly.methods import build_method
@@ -173,7 +174,7 @@ class Detector:
     ) -> SupportBank:
         """Like `set_support`, but only return the bank."""
         self._check_takes_support()
-        samples = [sample for item in _items(images) for sample in samples_of(item, task=task)]
+        samples = list(rows_of(images, task=task))
         if not samples:
             raise ConfigError("support: got no images, expected at least 1 normal image. Check the support folder.")
         if anomalous := [sample.name for sample in samples if sample.label == 1]:
@@ -346,7 +347,7 @@ class Detector:
         calibration, _ = self.find_calibration()
         if batch_size < 1:
             raise ConfigError(f"predict: batch_size is {batch_size}, expected at least 1.")
-        samples = (sample for item in _items(items) for sample in samples_of(item, task=task))
+        samples = rows_of(items, task=task)
         started = time.perf_counter()
         for batch in load_batches(samples, bank.preprocessing, batch_size=batch_size):
             readable = [(item.sample, item.prepared) for item in batch if item.prepared is not None]
@@ -397,21 +398,3 @@ class Detector:
         if self.bank is None:
             raise NotReadyError("Detector: no support yet. Call set_support(images) or load_support(file) first.")
         return self.bank
-
-
-def _items(items: Iterable[str | Path | Sample]) -> Iterable[str | Path | Sample]:
-    """Take one path for a list of one, not for its characters."""
-    return [items] if isinstance(items, (str, Path)) else items
-
-
-def choose_device(device: str) -> str:
-    """Resolve "auto" to "cuda" where there is one, else "cpu".
-
-    Raises:
-        ConfigError: "cuda" is asked for and there is none.
-    """
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device: cuda asked for, this machine has none that torch can use. Pass --device cpu.")
-    return device

@@ -73,7 +73,7 @@ class PatchAttention(nn.Module):
     def __init__(self, teacher: Teacher, *, settings: AttentionSettings = _DEFAULT) -> None:
         super().__init__()
         self.settings = settings
-        self._teacher = [teacher]
+        self.teachers = {"teacher": teacher}
         self._views = (*["mirrored"] * settings.mirrored, *["larger", "smaller"] * settings.resized)
         levels = len(teacher.channels)
         self.readings = nn.ParameterList([nn.Parameter(torch.eye(channels)) for channels in teacher.channels])
@@ -85,24 +85,14 @@ class PatchAttention(nn.Module):
         self.gain = _scalars(_GAIN, 1)
         self.bias = _scalars(_BIAS, 1)
 
-    @property
-    def teacher(self) -> Teacher:
-        """The frozen backbone."""
-        return self._teacher[0]
-
-    @property
-    def teachers(self) -> dict[str, Teacher]:
-        """The frozen backbone under the name `extract` uses."""
-        return {"teacher": self.teacher}
-
     def extract(self, images: Tensor) -> Features:
         """Teacher pyramid of (B, 3, H, W) images in [0, 1]."""
-        return {"teacher": self.teacher(images)}
+        return {"teacher": self.teachers["teacher"](images)}
 
     def extract_support(self, images: Tensor) -> Features:
         """Teacher pyramids of (K, 3, H, W) supports, as they are and as `_VIEWS` shows them."""
-        views = {view: self.teacher(_VIEWS[view](images)) for view in self._views}
-        return {"teacher": self.teacher(images), **views}
+        teacher = self.teachers["teacher"]
+        return {"teacher": teacher(images), **{view: teacher(_VIEWS[view](images)) for view in self._views}}
 
     def encode(self, features: Features) -> list[Tensor]:
         """Unit-length patches: the student's reading of all levels, then the teacher's own of the shallow ones."""

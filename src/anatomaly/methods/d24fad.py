@@ -91,24 +91,14 @@ class D24FAD(nn.Module):
     def __init__(self, teacher: Teacher, *, settings: D24FADSettings = _DEFAULT) -> None:
         super().__init__()
         self.settings = settings
-        # The teacher is not a submodule: state_dict(), parameters() and train() concern the trainable part only.
-        self._teacher = [teacher]
+        # In a dict a teacher is no submodule: state_dict(), parameters() and train() concern the trainable part only.
+        self.teachers = {"teacher": teacher}
         self.student = Decoder(teacher.channels, teacher.strides, signed=teacher.signed)
         self.l2w = LearnToWeight(teacher.channels[:-1], scale=settings.softmax_scale)
 
-    @property
-    def teacher(self) -> Teacher:
-        """The frozen backbone."""
-        return self._teacher[0]
-
-    @property
-    def teachers(self) -> dict[str, Teacher]:
-        """The frozen backbone under the name `extract` uses."""
-        return {"teacher": self.teacher}
-
     def extract(self, images: Tensor) -> Features:
         """Teacher pyramid of (B, 3, H, W) images in [0, 1]: {"teacher": four levels, shallow to deep}."""
-        return {"teacher": self.teacher(images)}
+        return {"teacher": self.teachers["teacher"](images)}
 
     extract_support = extract
 

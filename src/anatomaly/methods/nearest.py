@@ -40,21 +40,11 @@ class PatchNearestNeighbours(nn.Module):
     def __init__(self, teacher: Teacher, *, settings: NearestSettings = _DEFAULT) -> None:
         super().__init__()
         self.settings = settings
-        self._teacher = [teacher]
-
-    @property
-    def teacher(self) -> Teacher:
-        """The frozen backbone."""
-        return self._teacher[0]
-
-    @property
-    def teachers(self) -> dict[str, Teacher]:
-        """The frozen backbone under the name `extract` uses."""
-        return {"teacher": self.teacher}
+        self.teachers = {"teacher": teacher}
 
     def extract(self, images: Tensor) -> Features:
         """Teacher pyramid of (B, 3, H, W) images in [0, 1]."""
-        return {"teacher": self.teacher(images)}
+        return {"teacher": self.teachers["teacher"](images)}
 
     extract_support = extract
 

@@ -73,8 +73,8 @@ class PDD(nn.Module):
         super().__init__()
         _check_settings(settings)
         self.settings = settings
-        # The teachers are not submodules: state_dict(), parameters() and train() concern the trainable part only.
-        self._teachers = [local] if global_ is None else [local, global_]
+        # In a dict they are no submodules: state_dict(), parameters() and train() concern the trainable part only.
+        self.teachers = {"local": local} if global_ is None else {"local": local, "global": global_}
         pairs = [] if global_ is None else zip(global_.channels, local.channels, strict=True)
         self.adapters = nn.ModuleList(Adapter(*pair) for pair in pairs)  # InA, InA, InA, MMU
         self.prior = ManifoldPrior(local.channels) if settings.mpa else None
@@ -86,11 +86,6 @@ class PDD(nn.Module):
         if settings.shared_students:
             _update_twice(cast("Decoder", self.students[0]).layer1)
         self.to(memory_format=torch.channels_last)  # the teachers' layout
-
-    @property
-    def teachers(self) -> dict[str, Teacher]:
-        """The frozen backbones under the names `extract` uses: "local" and, if there are two, "global"."""
-        return dict(zip(("local", "global"), self._teachers, strict=False))
 
     def extract(self, images: Tensor) -> Features:
         """Pyramids of (B, 3, H, W) images in [0, 1]: {"local": four levels, "global": four levels}."""
@@ -117,7 +112,7 @@ class PDD(nn.Module):
 
     def _check_sizes(self, levels: Sequence[Tensor]) -> None:
         """Each student stage enlarges by the whole-number quotient of two strides: do the levels have such sizes?"""
-        teacher = self._teachers[0]
+        teacher = self.teachers["local"]
         sizes = [tuple(level.shape[-2:]) for level in levels]
         for level in range(3):
             factor = max(1, teacher.strides[level + 1] // teacher.strides[level])

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +19,7 @@ from numpy.typing import NDArray
 
 from anatomaly.detector.conformal import Call, describe
 from anatomaly.files import write_whole
+from anatomaly.results.frame import FILTER, framed
 from anatomaly.results.pictures import encode_picture, overlay, render_map, thumbnail
 from anatomaly.tables import Table, escaped
 from anatomaly.types import Calibration, Prediction
@@ -86,16 +85,13 @@ def write_report(
         for k, name in enumerate(bank_names)
     ]
     body = (
-        f"{_BANNER}<header><h1>{escaped(title)}</h1>{_pairs(about or {}, 'about')}</header><main>"
+        f"<header><h1>{escaped(title)}</h1>{_pairs(about or {}, 'about')}</header><main>"
         f"{_overview(predictions, scored, calls)}{_calibrated(scored, calibration, calls)}"
         f"{_reading_guide(references, scale, predictions)}"
         f"{_reference_gallery(references)}{_quality(tables)}"
         f"{_cases(scored, _Page(references, scale, calls), max_cases)}</main>"
-        f'<footer class="banner">{_WARNING}</footer>'
     )
-    style = files("anatomaly.results").joinpath("page.css").read_text(encoding="utf-8")
-    page = _PAGE.format(title=escaped(title), style=style, script=_SCRIPT, hash=_SCRIPT_HASH, body=body)
-    write_whole(path, page)
+    write_whole(path, framed(body, title=title))
     return path
 
 
@@ -291,7 +287,7 @@ def _cases(scored: Sequence[Prediction], page: _Page, max_cases: int) -> str:
     if left_out:
         note += f" {_count(left_out, 'image')} with lower scores are left out here; all of them are in scores.csv."
     articles = "".join(_case(p, rank, len(scored), page) for rank, p in enumerate(shown, 1))
-    return f'<section id="cases"><h2>Cases</h2><p>{note}</p>{_FILTER}{articles}</section>'
+    return f'<section id="cases"><h2>Cases</h2><p>{note}</p>{FILTER}{articles}</section>'
 
 
 def _case(prediction: Prediction, rank: int, total: int, page: _Page) -> str:
@@ -374,32 +370,3 @@ def _grey_or_rgb(image: NDArray[Any], spacing: tuple[float, float] | None) -> ND
     small = np.clip(np.nan_to_num(thumbnail(image, spacing)), 0.0, 1.0)
     pixels: NDArray[np.uint8] = np.rint(np.broadcast_to(small, (3, *small.shape[1:])) * 255).astype(np.uint8)
     return np.ascontiguousarray(pixels.transpose(1, 2, 0))
-
-
-_WARNING = "<b>Not for clinical use.</b> Research only: do not use for diagnosis or treatment decisions."
-_BANNER = f'<p class="banner" role="note">{_WARNING}</p>'
-_FILTER = (
-    '<form id="filter" hidden><label>File name contains <input type="search" id="part"></label> '
-    '<label>Label <select id="label"><option value="">any</option><option>anomalous</option><option>normal</option>'
-    '<option>no label</option></select></label> <output id="found"></output></form>'
-)
-_SCRIPT = """
-const form = document.getElementById('filter'), cases = [...document.querySelectorAll('article')];
-const part = document.getElementById('part'), label = document.getElementById('label');
-function choose() {
-  const wanted = part.value.toLowerCase();
-  for (const c of cases)
-    c.hidden = !(c.dataset.name.toLowerCase().includes(wanted) && (!label.value || c.dataset.label === label.value));
-  document.getElementById('found').textContent = cases.filter(c => !c.hidden).length + ' shown';
-}
-form.hidden = cases.length < 2;
-form.addEventListener('input', choose);
-form.addEventListener('submit', event => event.preventDefault());
-"""
-_SCRIPT_HASH = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
-_PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{hash}'">
-<title>{title}</title><style>{style}</style></head><body>{body}<script>{script}</script></body></html>
-"""

@@ -13,7 +13,8 @@ from anatomaly.config import TeacherConfig, differences, with_later_settings
 from anatomaly.data.readers import read_image
 from anatomaly.data.transforms import resolve_intensity
 from anatomaly.detector.bundle import CONFIG
-from anatomaly.detector.detector import Detector, choose_device
+from anatomaly.detector.detector import Detector
+from anatomaly.detector.device import choose_device
 from anatomaly.detector.facts import TEACHERS, ModelFacts
 from anatomaly.errors import ConfigError
 from anatomaly.evaluation.protocols import split_normals

@@ -16,7 +16,7 @@ import PIL.Image
 import pytest
 
 from anatomaly.cli import main
-from anatomaly.data.catalog import layouts as catalog_layouts
+from anatomaly.data.catalog import download
 from anatomaly.data.catalog import prepare as catalog
 from anatomaly.data.catalog.prepare import describe, find_data_set, prepare, write_prepared
 from anatomaly.data.catalog.table import CATALOG
@@ -483,7 +483,7 @@ def test_another_folder_is_told_what_was_expected_and_found(tmp_path, made):
 
 
 def test_a_folder_of_many_folders_is_not_searched(tmp_path, made):
-    for i in range(catalog_layouts._MANY + 1):
+    for i in range(download._MANY + 1):
         (tmp_path / f"patient{i}").mkdir()
     lag(tmp_path / "patient0")
     with pytest.raises(ManifestError, match="expected the layout of LAG"):

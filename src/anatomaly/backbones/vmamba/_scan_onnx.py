@@ -31,19 +31,7 @@ _NAME = "SelectiveScan"
 def scan_rows(
     u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, skip: Tensor, *, delta_softplus: bool
 ) -> Tensor:
-    """`selective_scan` of float32 tensors as one node of the graph that is being exported; see there.
-
-    Args:
-        u: (B, G * D, L).
-        delta: (B, G * D, L), the bias added.
-        a: (G * D, N).
-        b: (B, G, N, L).
-        c: (B, G, N, L).
-        skip: (G * D,).
-        delta_softplus: Apply it to `delta`.
-
-    Returns:
-        (B, G * D, L).
+    """`selective_scan` of float32 tensors as one node of the graph; shapes as in `_scan_numba.scan_rows`.
 
     Raises:
         NotReadyError: Nothing is being exported, or torch is too old.

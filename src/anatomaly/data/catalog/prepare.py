@@ -15,7 +15,7 @@ from math import ceil
 from pathlib import Path
 
 from anatomaly.data import layouts
-from anatomaly.data.catalog.layouts import Item, find_root
+from anatomaly.data.catalog.download import Item, find_root
 from anatomaly.data.catalog.table import CATALOG, DataSet
 from anatomaly.data.manifest import COLUMNS, Manifest, write_csv
 from anatomaly.errors import ConfigError, ManifestError, OutputError

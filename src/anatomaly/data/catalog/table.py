@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from anatomaly.data.catalog import layouts as originals
-from anatomaly.data.catalog.layouts import Layout
+from anatomaly.data.catalog.download import Layout
 
 _OWN_SPLIT = (
     "Ours, the paper's list is not known: a fifth of the normal {unit}, rounded up, drawn by a digest of the {key}, "
