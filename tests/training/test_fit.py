@@ -676,3 +676,11 @@ def test_a_run_recorded_before_there_were_synthetic_images_is_the_same_run(older
     assert fit(scans, out, settings(epochs=3)).model_hash == finished[1].model_hash
     with pytest.raises(ConfigError, match=r"\(training\.synthetic 0, now 5\)"):
         fit(scans, out, settings(epochs=3, synthetic=5))
+
+
+@pytest.mark.parametrize("text", ["", "[" * 100_000, "5", '{"method": {"name": "no"}}', '{"method": {}}'])
+def test_a_damaged_record_of_a_run_is_named(scans, tmp_path, text):
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "run.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"run\.json: is damaged\. Choose another --out or delete"):
+        fit(scans, tmp_path, settings(epochs=1))
