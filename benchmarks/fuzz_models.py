@@ -234,7 +234,7 @@ def edit_value(facts, rng):
             if isinstance(node[key], (dict, list)):
                 pending.append((node[key], f"{where}.{key}"))
     node, key, where = rng.choice(places)
-    how = rng.choice(["remove", "replace", "replace", "replace", "replace", "scale", "add"])
+    how = rng.choice(["remove", *["replace"] * 4, *["scale"] * 2, "add"])
     if how == "remove":
         del node[key]
     elif how == "scale" and isinstance(node[key], (int, float)):

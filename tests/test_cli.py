@@ -168,7 +168,14 @@ def test_wrong_options_are_one_line(words, message, refused, tmp_path, monkeypat
 
 @pytest.mark.parametrize(
     "content",
-    [b"[1, 2]", b"a: [1\n b: {", b"training: 5\n", b"\xff\xfe\0\0", b"training: !!python/object:os.system {}"],
+    [
+        b"[1, 2]",
+        b"a: [1\n b: {",
+        b"training: 5\n",
+        b"\xff\xfe\0\0",
+        b"training: !!python/object:os.system {}",
+        b"training: " + b"[" * 5000,
+    ],
 )
 def test_a_settings_file_that_is_none_is_one_line(content, refused, tmp_path):
     (tmp_path / "bad.yaml").write_bytes(content)

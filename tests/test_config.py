@@ -111,11 +111,20 @@ def test_teacher_settings_of_another_type_are_refused(name, value):
         ({"preprocessing": Preprocessing(size=(0, 64))}, r"preprocessing\.size: got \(0, 64\)"),
         ({"preprocessing": Preprocessing(size=(64, -64))}, r"preprocessing\.size"),
         ({"preprocessing": Preprocessing(size=(64, 100_000))}, r"preprocessing\.size"),
+        ({"preprocessing": Preprocessing(size=(8192, 8192))}, r"preprocessing\.size.*together at most 4194304 pixels"),
+        ({"preprocessing": Preprocessing(size=(64.5, 64))}, r"preprocessing\.size: got \(64\.5, 64\)"),
+        ({"preprocessing": Preprocessing(size=("64", "64"))}, r"preprocessing\.size"),
+        ({"preprocessing": Preprocessing(size=(True, 64))}, r"preprocessing\.size"),
         ({"preprocessing": Preprocessing(resize="stretch")}, r"preprocessing\.resize: got stretch, expected one of sq"),
         ({"preprocessing": Preprocessing(interpolation="cubic")}, r"preprocessing\.interpolation"),
         ({"preprocessing": Preprocessing(intensity=Intensity("window", 40, 0))}, r"preprocessing\.intensity: window"),
         ({"scoring": Scoring(blur=-1)}, r"scoring\.blur"),
         ({"scoring": Scoring(blur=math.nan)}, r"scoring\.blur"),
+        ({"scoring": Scoring(blur=1e300)}, r"scoring\.blur: got 1e\+300, expected 0 to 181\.0, the diagonal"),
+        ({"scoring": Scoring(blur="4")}, r"scoring\.blur: got 4, expected a number"),
+        ({"scoring": Scoring(blur=True)}, r"scoring\.blur: got True, expected a number"),
+        ({"scoring": Scoring(pooling="a\nb")}, r"scoring\.pooling: got a b, expected one of"),
+        ({"scoring": Scoring(pooling="x" * 9999)}, r"scoring\.pooling: got x{200}\.\.\., expected one of"),
         ({"scoring": Scoring(pooling="median")}, r"scoring\.pooling"),
         ({"scoring": Scoring(top_fraction=0)}, r"scoring\.top_fraction"),
         ({"scoring": Scoring(top_fraction=1.5)}, r"scoring\.top_fraction"),
@@ -130,8 +139,8 @@ def test_settings_of_images_and_scores_are_checked(changes, where):
 @pytest.mark.parametrize(
     ("rule", "valid", "invalid"),
     [
-        ("window", [(-600, 1500)], [(40, 0), (40, -80), (math.nan, 80), (0, math.inf)]),
-        ("range", [(-1000, 400)], [(1, 1), (2, 1), (math.nan, 1), (0, math.inf)]),
+        ("window", [(-600, 1500)], [(40, 0), (40, -80), (math.nan, 80), (0, math.inf), (1e300, 1), (0, 1e-300)]),
+        ("range", [(-1000, 400)], [(1, 1), (2, 1), (math.nan, 1), (0, math.inf), (-1e300, 1e300)]),
         ("percentile", [(0, 100), (1, 99)], [(99, 1), (-1, 99), (0, 101), (math.nan, 99)]),
         ("auto", [(0, 1), (5, 2)], []),
     ],
@@ -175,3 +184,8 @@ def test_the_preset_of_attention_is_a_valid_setting(monkeypatch, phantom):
     assert config.training.synthetic > 0
     assert config.training.epochs > 0
     assert config.task_intensity == {}
+
+
+def test_the_largest_size_and_blur_are_taken():
+    for size in ((2048, 2048), (8192, 512)):
+        FitConfig(MethodConfig("nearest"), preprocessing=Preprocessing(size=size), scoring=Scoring(blur=2000))

@@ -1,12 +1,14 @@
 """Files are whole or absent, and those that grow together grow by whole rows, all of them or none."""
 
 import hashlib
+import json
+import os
 import random
 
 import pytest
 
 from anatomaly.errors import OutputError
-from anatomaly.files import Appender, file_digest, write_whole
+from anatomaly.files import Appender, file_digest, parse_json, read_json, require_file, write_whole
 
 LONG = b"abcdefg\n" * 2**17  # longer than what the test run itself writes to files
 
@@ -57,3 +59,53 @@ def test_a_digest_is_that_of_the_whole_content(tmp_path):
     content = random.Random(0).randbytes(3 * 2**20 + 7)
     (tmp_path / "a").write_bytes(content)
     assert file_digest(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+def nested(depth, kind="list"):
+    return "[" * depth + "]" * depth if kind == "list" else '{"a":' * depth + "0" + "}" * depth
+
+
+@pytest.mark.parametrize("kind", ["list", "dict"])
+@pytest.mark.parametrize("depth", [65, 900, 100_000])
+def test_json_that_is_nested_too_deep_is_a_value_error(depth, kind):
+    with pytest.raises(ValueError, match="nested too deep"):
+        parse_json(nested(depth, kind))
+    assert parse_json(nested(60, kind))
+
+
+@pytest.mark.parametrize("text", ["", "{", "NaN", "[-Infinity]", "1e999", "9" * 30, "-" + "9" * 30, "1" * 5000])
+def test_json_with_numbers_that_are_none_is_a_value_error(text):
+    with pytest.raises(ValueError):
+        parse_json(text)
+
+
+def test_json_comes_back_as_python_reads_it(tmp_path):
+    facts = {"a": [1, -2.5, True, None, "ü"], "b": {"c": 2**62}}
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(facts).encode())
+    assert read_json(tmp_path / "a.json") == facts
+    infinite = parse_json("[Infinity, 1e999]", finite=False)
+    assert infinite == [float("inf")] * 2
+
+
+def test_json_of_more_bytes_than_anybody_writes_is_not_read(tmp_path):
+    with (tmp_path / "a.json").open("wb") as file:
+        file.truncate(2**28 + 1)  # sparse
+    with pytest.raises(ValueError, match="bytes are too many"):
+        read_json(tmp_path / "a.json")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_what_is_no_regular_file_is_never_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    for name, what in (
+        ("pipe", "a pipe"),
+        ("link", "a pipe"),
+        ("device", "a pipe"),
+        (".", "a f"),
+    ):
+        with pytest.raises(OSError, match=f"is {what}"):
+            read_json(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        require_file(tmp_path / "missing")

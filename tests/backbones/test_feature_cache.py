@@ -377,6 +377,45 @@ def test_a_damaged_file_is_replaced(tmp_path, caplog, content):
     assert file.read_bytes() == good
 
 
+@pytest.mark.parametrize("what", ["pipe", "device"])
+def test_an_entry_that_is_no_file_is_replaced_and_never_opened(tmp_path, what):
+    get(FeatureCache(memory_bytes=0, folder=tmp_path, disk_bytes=GIB), [0])
+    (file,) = files(tmp_path)
+    good = file.read_bytes()
+    file.unlink()
+    os.mkfifo(file) if what == "pipe" else file.symlink_to("/dev/zero")
+    assert get(FeatureCache(memory_bytes=0, folder=tmp_path, disk_bytes=GIB), [0])[1] == [0]
+    assert not file.is_symlink()
+    assert file.read_bytes() == good
+
+
+@pytest.mark.parametrize("change", ["one level less", "other shape", "not finite", "float32"])
+def test_a_whole_entry_that_is_not_the_teachers_is_replaced(tmp_path, change, caplog):
+    size = tuple(IMAGES.shape[2:])
+    get(FeatureCache(memory_bytes=0, folder=tmp_path, disk_bytes=GIB, size=size), [0])
+    (file,) = files(tmp_path)
+    good = file.read_bytes()
+    levels = feature_files.unpacked(good)
+    if change == "one level less":
+        levels = levels[:-1]
+    elif change == "other shape":
+        levels[0] = levels[0][1:].contiguous()
+    elif change == "not finite":
+        levels[0][0, 0, 0] = float("nan")
+    else:
+        levels = [level.float() for level in levels]
+    content = {f"level_{i}": level for i, level in enumerate(levels)}
+    bits = [level.view(torch.float16) for level in levels]
+    file.write_bytes(feature_files.pack({**content, "checksum": torch.tensor(feature_files._checksum(bits))}))
+    store = FeatureCache(memory_bytes=0, folder=tmp_path, disk_bytes=GIB, size=size)
+    found, loaded = get(store, [0])
+    assert loaded == [0]
+    assert_equal(found, [level.half().float() for level in Pyramid()(IMAGES[:1])])
+    assert "features are computed anew" in caplog.text
+    assert file.read_bytes() == good
+    assert get(FeatureCache(memory_bytes=0, folder=tmp_path, disk_bytes=GIB, size=size), [0])[1] == []
+
+
 def test_a_damaged_file_that_cannot_be_replaced_is_removed(tmp_path):
     get(FeatureCache(memory_bytes=0, folder=tmp_path, disk_bytes=GIB), [0])
     (file,) = files(tmp_path)

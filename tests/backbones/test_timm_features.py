@@ -6,6 +6,7 @@ import torch
 import torchvision
 
 from anatomaly.backbones import BACKBONES, build_backbone
+from anatomaly.backbones.teacher import Teacher
 from anatomaly.backbones.weights import find_weights, read_state, state_digest
 from anatomaly.errors import ConfigError, ShapeError, WeightsError
 
@@ -121,6 +122,43 @@ def test_weights_that_timm_cannot_fetch_are_one_line(monkeypatch):
     assert "\n" not in message
     for part in ("timm/resnet18", "no route to huggingface.co", "--teacher.weights FILE", "efficientnet_lite0"):
         assert part in message
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    asked = []
+
+    def silence(address):
+        asked.append(address)
+        return OSError("no route")
+
+    monkeypatch.setattr("anatomaly.backbones.timm_features._silence", silence)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))  # nothing was fetched before
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for name in ("timm/resnet18", "timm/hf-hub:nobody/nothing"):
+        with pytest.raises(WeightsError, match=rf"^{name}: .*{constants.ENDPOINT} cannot be reached: no route"):
+            build_backbone(name)
+    assert asked == [constants.ENDPOINT] * 2
+    assert constants.HF_HUB_OFFLINE is False
+
+
+def test_a_folder_is_no_timm_model(tmp_path):
+    with pytest.raises(WeightsError, match=r"expected the name of a timm model\. See timm\.list_models\(\)\.$"):
+        build_backbone(f"timm/local-dir:{tmp_path}")
+
+
+def test_a_teacher_whose_levels_are_not_finite_is_refused(lite0):
+    with pytest.raises(WeightsError, match="mine: its levels are not finite numbers"):
+        Teacher.of_module("mine", Overflow(), size=(64, 64))
+
+
+class Overflow(torch.nn.Module):
+    """Four levels, the last beyond float32."""
+
+    def forward(self, images):
+        levels = [images[:, :, :: 2**i, :: 2**i] for i in range(1, 5)]
+        return [*levels[:3], levels[3] * 1e38 * 1e38]
 
 
 def test_random_weights_are_seeded_and_the_global_generator_is_left_alone():

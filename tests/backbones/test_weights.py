@@ -1,6 +1,7 @@
 """Where weights are found, and that a file is verified and read without running anything in it."""
 
 import importlib.util
+import os
 import pickle
 import pickletools
 import sys
@@ -211,6 +212,52 @@ def test_a_damaged_file_is_named(tmp_path, suffix, keep):
     with pytest.raises(WeightsError) as error:
         read_state(file)
     assert str(file) in one_line(error)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_what_is_no_file_is_refused_and_never_opened(tmp_path, suffix):
+    file = tmp_path / f"net{suffix}"
+    os.mkfifo(file)
+    with pytest.raises(WeightsError, match="is a pipe"):
+        read_state(file)
+    file.unlink()
+    file.symlink_to("/dev/zero")
+    with pytest.raises(WeightsError, match="is a pipe, a socket or a device"):
+        read_state(file)
+
+
+def test_an_archive_that_grows_when_it_is_read_is_refused(tmp_path):
+    torch.save({"weight": torch.zeros(2**20)}, tmp_path / "net.pth")
+    with zipfile.ZipFile(tmp_path / "net.pth") as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(tmp_path / "grows.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content)
+    with pytest.raises(WeightsError, match=r"its parts grow from \d+ to \d+ bytes"):
+        read_state(tmp_path / "grows.pth")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
+def test_weights_that_are_not_finite_are_refused(value):
+    state = {**STATE, "bias": torch.tensor([1.0, value], dtype=torch.float64)}
+    with pytest.raises(WeightsError, match=r"net: 1 tensors hold NaN or infinity \(bias\)"):
+        load_strict(nn.Linear(3, 2), state, where="net")
+
+
+def test_a_noted_digest_that_is_damaged_is_another_one(places):
+    source = WeightsSource(FILE, "", URL)
+    places["cache"].with_name(f"{FILE}.sha256").write_bytes(b"\xff\xfe")
+    with pytest.raises(WeightsError, match="The file is damaged or another one"):
+        find_weights("net", source)
+
+
+def test_a_file_that_may_not_be_read_is_one_line(places, monkeypatch):
+    def locked(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("anatomaly.backbones.weights.file_digest", locked)
+    with pytest.raises(WeightsError, match=r"cannot be read \(Permission denied\)"):
+        find_weights("net", WeightsSource(FILE, "", URL))
 
 
 def test_a_file_without_a_mapping_is_refused(tmp_path):

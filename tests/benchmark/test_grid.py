@@ -294,9 +294,12 @@ def test_cells_of_other_data_are_refused(phantom, tmp_path, kind):
         run_grid(replace(whole, manifest=replace(data, samples=rows)), tmp_path / "out")
 
 
-def test_a_damaged_cell_is_named(copied):
+@pytest.mark.parametrize(
+    "text", ["{", "[" * 100_000, '{"key": 5}', '{"key": {"settings": {"method": {"name": "no"}}}}']
+)
+def test_a_damaged_cell_is_named(copied, text):
     whole, out = copied
-    (whole.cells()[0].folder(out) / CELL).write_text("{")
+    (whole.cells()[0].folder(out) / CELL).write_text(text)
     with pytest.raises(ConfigError, match=r"cell.json: is damaged. Delete the folder"):
         run_grid(whole, out)
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 from dataclasses import replace
 from functools import partial
@@ -399,6 +400,36 @@ def test_one_unknown_patient_means_no_patients(tmp_path):
     text = (folder / "test_scores.csv").read_text()
     (folder / "test_scores.csv").write_text(text.replace("p2", ""))
     assert read_cells([folder])[0].groups is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda facts: facts.update(training=5),
+        lambda facts: facts.update(training={"seconds": "long"}),
+        lambda facts: facts.update(peak_mib=[1]),
+        lambda facts: facts["key"]["cell"].update(task=["ct"]),
+        lambda facts: facts.update(key=[]),
+    ],
+)
+def test_a_cell_whose_facts_are_of_another_type_is_damaged(tmp_path, change):
+    folder = stored(tmp_path / "a")
+    facts = json.loads((folder / "cell.json").read_text())
+    change(facts)
+    (folder / "cell.json").write_text(json.dumps(facts))
+    with pytest.raises(ConfigError, match="damaged cell"):
+        read_cells([folder])
+
+
+def test_a_cell_that_is_nested_too_deep_or_holds_a_pipe_is_damaged(tmp_path):
+    folder = stored(tmp_path / "a")
+    (folder / "draws.csv").unlink()
+    os.mkfifo(folder / "draws.csv")
+    with pytest.raises(ConfigError, match="damaged cell"):
+        read_cells([folder])
+    (folder / "cell.json").write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match="damaged cell"):
+        read_cells([folder])
 
 
 @pytest.mark.parametrize("name", ["test_scores.csv", "draws.csv", "cell.json", "evaluation.json"])

@@ -109,3 +109,10 @@ def test_other_files_are_refused(tmp_path, hashed, content):
 def test_a_missing_file_is_called_missing(tmp_path, hashed):
     with pytest.raises(ConfigError, match=r"x.json: no such file"):
         read_support_lists(tmp_path / "x.json", hashed)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"format": 1, "supports": {"ct": {"1e9": []}}}', "5"])
+def test_a_list_that_is_none_is_refused(hashed, tmp_path, text):
+    (tmp_path / "supports.json").write_text(text)
+    with pytest.raises(ConfigError, match="not a list of supports"):
+        read_support_lists(tmp_path / "supports.json", hashed)

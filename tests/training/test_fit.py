@@ -543,21 +543,21 @@ VALIDATED = 2 * (2 + 2)
 def test_features_on_disk_serve_later_runs_and_other_methods(scans, tmp_path, monkeypatch, one_teacher, teacher_runs):
     monkeypatch.setenv("ANATOMALY_CACHE", str(tmp_path / "cache"))
     fit(scans, tmp_path / "first", settings(epochs=1, cache_disk_gib=1.0))
-    assert sum(teacher_runs) == 10 + VALIDATED
+    assert sum(teacher_runs) == 1 + 10 + VALIDATED, "an empty image first, for the shapes that entries must have"
     stored = sorted((tmp_path / "cache/features").rglob("*.safetensors"))
     assert len(stored) == 10
     values = [tensor for name, tensor in read_tensors(stored[0]).items() if name.startswith("level")]
     assert [tensor.dtype for tensor in values] == [torch.float16] * 4
     teacher_runs.clear()
     second = fit(scans, tmp_path / "second", settings(epochs=1, cache_disk_gib=1.0, cache_gib=0.0))
-    assert sum(teacher_runs) == VALIDATED
+    assert sum(teacher_runs) == 1 + VALIDATED
     assert digest(second) == digest(Detector.load(tmp_path / "first", device="cpu"))
     assert progress(tmp_path / "second") == progress(tmp_path / "first")
     teacher_runs.clear()
     one_class = replace(settings(epochs=1, cache_disk_gib=1.0), method=MethodConfig("pdd"))
     fit(scans, tmp_path / "third", one_class)
     # Two teachers, which are the same here, and no supports; a lone image, as for a scale, comes twice.
-    assert sum(teacher_runs) == 2 * (2 * 2) + 2 * (2 * 2), "validation, and the colour scales"
+    assert sum(teacher_runs) == 1 + 2 * (2 * 2) + 2 * (2 * 2), "shapes, validation, and the colour scales"
     assert len(list((tmp_path / "cache/features").rglob("*.safetensors"))) == 10
 
 
@@ -685,3 +685,11 @@ def test_a_run_recorded_before_there_were_synthetic_images_is_the_same_run(older
     assert fit(scans, out, settings(epochs=3)).model_hash == finished[1].model_hash
     with pytest.raises(ConfigError, match=r"\(training\.synthetic 0, now 5\)"):
         fit(scans, out, settings(epochs=3, synthetic=5))
+
+
+@pytest.mark.parametrize("text", ["", "[" * 100_000, "5", '{"method": {"name": "no"}}', '{"method": {}}'])
+def test_a_damaged_record_of_a_run_is_named(scans, tmp_path, text):
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "run.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"run\.json: is damaged\. Choose another --out or delete"):
+        fit(scans, tmp_path, settings(epochs=1))

@@ -325,8 +325,8 @@ def _calibration(entry: dict[str, Any]) -> Calibration:
     texts = (found.task, found.model_hash, found.bank_digest, found.precision, *found.sha256)
     sound = (
         found.n == len(found.images) > 0
-        and all(isinstance(each, (int, float)) and math.isfinite(each) for each in found.scores)
-        and all(isinstance(each, int) and each > 0 for each in found.images)
+        and all(type(each) in (int, float) and math.isfinite(each) for each in found.scores)  # True is an int too
+        and all(type(each) is int and each > 0 for each in found.images)
         and all(isinstance(each, str) for each in texts)
     )
     if not sound or digest != _digest(asdict(found)):
