@@ -107,7 +107,8 @@ class Preprocessing:
     """Everything between a read image and the tensor a teacher sees, except the teacher's own normalisation.
 
     Attributes:
-        size: (height, width) of the network input in pixels, multiples of the teacher's largest stride.
+        size: (height, width) of the network input in pixels, multiples of the teacher's largest stride; at most 8192 a
+            side and 2048 x 2048 pixels in all.
         resize: "squash" ignores the aspect ratio (both papers), "pad" keeps it and fills with 0, centred.
         interpolation: Resampling filter of the resize (D24FAD's release: "lanczos"; PDD's: "bilinear").
         intensity: The rule that maps stored values to [0, 1].
@@ -124,7 +125,7 @@ class Scoring:
     """How a map becomes a score.
 
     Attributes:
-        blur: Standard deviation of the per-image Gaussian in input pixels; 0 switches it off.
+        blur: Standard deviation of the per-image Gaussian in input pixels, at most the map's diagonal; 0 switches it off.
         pooling: "max" (D24FAD's release), "mean" (its paper), or "topk", the mean of the highest `top_fraction`.
         top_fraction: Share of the pixels that "topk" averages, in (0, 1].
     """
