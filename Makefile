@@ -16,7 +16,7 @@ demo: install  ## train, judge an unseen task, write demo/report.html
 	$(BIN)/anatomaly demo --out demo
 
 test: install  ## the whole suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2  # a thread a worker: more would wait for each other
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile  # a thread a worker: more would wait for each other
 
 check: install  ## lint, format, types
 	$(BIN)/ruff check .

@@ -93,13 +93,12 @@ def test_config_is_read_at_the_top_only():
 
 
 def test_nobody_asks_for_a_methods_name():
-    """Whoever wants to know something of a method asks its record; `mode="nearest"` is scipy's word for edges."""
+    """Whoever wants to know something of a method asks its record."""
     found = {}
     for module, tree in TREES.items():
         if top(module) in ("methods", "presets"):
             continue
-        of_scipy = {id(each.value) for each in ast.walk(tree) if isinstance(each, ast.keyword) and each.arg == "mode"}
-        words = (each for each in ast.walk(tree) if isinstance(each, ast.Constant) and id(each) not in of_scipy)
+        words = (each for each in ast.walk(tree) if isinstance(each, ast.Constant))
         found |= {f"{module}:{each.lineno}": each.value for each in words if each.value in METHODS.built_in}
     assert not found
 

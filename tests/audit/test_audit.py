@@ -122,7 +122,7 @@ def kept(make_detector, tmp_path):
     weights = {epoch: detector.method.state_dict() for epoch, detector in detectors.items()}
     for epoch, state in weights.items():
         write_tensors(tmp_path / f"model/training/epoch_{epoch}.safetensors", state)
-    detectors[2].facts = replace(detectors[2].facts, training={"best_epoch": 2})
+    detectors[2].facts = replace(detectors[2].facts, training={"best_epoch": 2, "tasks": ["fundus"], "images": 4})
     detectors[2].save(tmp_path / "model")
     return tmp_path / "model", detectors
 

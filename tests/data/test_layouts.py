@@ -240,7 +240,9 @@ REAL = Path(__file__).parents[3] / "shared" / "data" / "real"
 @pytest.mark.parametrize("read", ["csv", "folders"])
 def test_real_sets_have_the_counts_of_their_readme(read):
     expected = {"headct": (50, 47, 100), "zhanglab": (400, 234, 390), "brain_tumor": (400, 129, 300)}
-    expected["fundus"] = (200, 150, 150)
+    expected |= {"fundus": (200, 150, 150), "kidney_ct": (300, 170, 150), "oral_histo": (100, 90, 150)}
+    expected |= {"otoscopy": (100, 112, 150), "wce_bleeding": (300, 170, 150), "lung_us": (81, 97, 150)}
+    expected |= {"leukemia_smear": (300, 170, 150), "dermoscopy": (40, 39, 40)}
     manifest = load_manifest(REAL)
     assert manifest.tasks == tuple(sorted(expected))
     for task, counts in expected.items():

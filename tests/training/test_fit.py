@@ -278,6 +278,11 @@ def test_a_folder_is_not_shared_by_two_runs(finished, scans, difference):
     assert Detector.load(out, device="cpu").model_hash == detector.model_hash
 
 
+def test_the_order_of_the_rows_changes_no_training(scans, finished, tmp_path, one_teacher):
+    turned = replace(scans, samples=scans.samples[::-1])
+    assert digest(fit(turned, tmp_path / "model", settings(epochs=3))) == digest(finished[1])
+
+
 def test_a_folder_is_not_shared_by_two_data_sets(finished, scans):
     with pytest.raises(ConfigError, match=r"other settings \(other images\)"):
         fit(replace(scans, samples=scans.samples[1:]), finished[0], settings(epochs=3))

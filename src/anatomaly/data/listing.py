@@ -84,7 +84,7 @@ def describe(left_out: LeftOut) -> str:
 
 def sort_naturally(paths: Iterable[str]) -> list[str]:
     """Sort such that digits count by their value; `01.png` comes before `1.png`."""
-    return sorted(sorted(paths), key=_natural)
+    return sorted(sorted(paths), key=natural_key)
 
 
 def stem(name: str) -> str:
@@ -92,7 +92,7 @@ def stem(name: str) -> str:
     return _SUFFIX.sub("", name)
 
 
-def _natural(path: str) -> str:
+def natural_key(path: str) -> str:
     """Key that orders digits by value: every number becomes its length and its digits, NUL ends every part."""
     parts = re.split(r"(\d+)", path.replace(os.sep, "/"))
     for index in range(1, len(parts), 2):

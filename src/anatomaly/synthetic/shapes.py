@@ -228,9 +228,11 @@ def warp(image: Float, dy: Float, dx: Float) -> Float:
     left, right = np.flatnonzero(moving.any(axis=0))[[0, -1]]
     box = (slice(top, bottom + 1), slice(left, right + 1))  # only what moves is worth the time
     rows, columns = np.mgrid[box].astype(np.float32)
-    place = np.stack([rows + (dy * scale)[box], columns + (dx * scale)[box]])
+    rows = np.clip(rows + (dy * scale)[box], 0, height - 1)  # beyond the border its pixels go on
+    columns = np.clip(columns + (dx * scale)[box], 0, width - 1)
+    place = np.stack([rows, columns])
     for channel, moved in zip(image, result, strict=True):
-        moved[box] = ndimage.map_coordinates(channel, place, order=1, mode="nearest")
+        moved[box] = ndimage.map_coordinates(channel, place, order=1)
     return result
 
 
