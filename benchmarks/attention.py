@@ -4,7 +4,7 @@
                                    [--size 128] [--repeats 5]
 
 All sides have the same teacher (random weights but for efficientnet_lite0), the same images and an encoded bank; the
-time is that of `spine.predict_tensor`, pixels to scores.  Sides take turns; the figures are medians, the ratios are
+time is that of `scoring.predict_tensor`, pixels to scores.  Sides take turns; the figures are medians, the ratios are
 medians of ratios of neighbouring runs.  "training step" is one loss and its gradients on cached teacher features.
 """
 
