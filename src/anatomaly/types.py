@@ -125,7 +125,8 @@ class Scoring:
     """How a map becomes a score.
 
     Attributes:
-        blur: Standard deviation of the per-image Gaussian in input pixels, at most the map's diagonal; 0 switches it off.
+        blur: Standard deviation of the per-image Gaussian in input pixels, at most the map's diagonal; 0 switches it
+            off.
         pooling: "max" (D24FAD's release), "mean" (its paper), or "topk", the mean of the highest `top_fraction`.
         top_fraction: Share of the pixels that "topk" averages, in (0, 1].
     """
