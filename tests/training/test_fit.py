@@ -548,14 +548,14 @@ VALIDATED = 2 * (2 + 2)
 def test_features_on_disk_serve_later_runs_and_other_methods(scans, tmp_path, monkeypatch, one_teacher, teacher_runs):
     monkeypatch.setenv("ANATOMALY_CACHE", str(tmp_path / "cache"))
     fit(scans, tmp_path / "first", settings(epochs=1, cache_disk_gib=1.0))
-    assert sum(teacher_runs) == 1 + 10 + VALIDATED, "an empty image first, for the shapes that entries must have"
+    assert sum(teacher_runs) == 10 + VALIDATED
     stored = sorted((tmp_path / "cache/features").rglob("*.safetensors"))
     assert len(stored) == 10
     values = [tensor for name, tensor in read_tensors(stored[0]).items() if name.startswith("level")]
     assert [tensor.dtype for tensor in values] == [torch.float16] * 4
     teacher_runs.clear()
     second = fit(scans, tmp_path / "second", settings(epochs=1, cache_disk_gib=1.0, cache_gib=0.0))
-    assert sum(teacher_runs) == 1 + VALIDATED
+    assert sum(teacher_runs) == VALIDATED + 1  # a blank image: what is found on disk has to have the shapes it gives
     assert digest(second) == digest(Detector.load(tmp_path / "first", device="cpu"))
     assert progress(tmp_path / "second") == progress(tmp_path / "first")
     teacher_runs.clear()

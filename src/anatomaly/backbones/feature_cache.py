@@ -208,7 +208,7 @@ class FeatureCache:
         if entry is not None:
             self.memory_hits += 1
             return entry
-        entry = None if self._disk is None else self._disk.read(name, self._shapes_of(teacher))
+        entry = None if self._disk is None else self._disk.read(name, lambda: self._shapes_of(teacher))
         if entry is not None:
             self.disk_hits += 1
             self._keep_in_memory(name, entry)

@@ -22,7 +22,7 @@ from safetensors.torch import load as unpack
 from safetensors.torch import save as pack
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -67,12 +67,12 @@ class Disk:
         """Bytes in the folder at the last scan, and what was written since."""
         return self._scan() if self._used is None else self._used
 
-    def read(self, name: str, shapes: Shapes = ()) -> Entry | None:
+    def read(self, name: str, shapes: Callable[[], Shapes]) -> Entry | None:
         """The entry, or None; a damaged file is removed.
 
         Args:
             name: Of the entry.
-            shapes: Those of its levels where they are known; an entry of others is a damaged one.
+            shapes: Gives those of its levels, or none where they are not known; an entry of others is a damaged one.
         """
         path = self._path(name)
         try:
@@ -81,9 +81,10 @@ class Disk:
             content = path.read_bytes() if whole else b""  # not mapped: a mapped file that breaks off kills the process
         except OSError:
             return None
+        expected = shapes() if content else ()
         try:
             entry = unpacked(content)
-            if shapes and [tuple(level.shape) for level in entry] != shapes:
+            if expected and [tuple(level.shape) for level in entry] != expected:
                 raise ValueError("its levels have other shapes")
         except Exception as err:  # whatever the bytes of a damaged file lead to
             reason = (str(err).splitlines() or [type(err).__name__])[0][:120]
