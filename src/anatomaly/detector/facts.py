@@ -115,8 +115,6 @@ def _training(facts: Any) -> dict[str, Any]:
         check(f"training.{name}", value, isinstance(value, int) and not isinstance(value, bool), "a whole number")
     tasks = facts.get("tasks", [])
     check("training.tasks", tasks, isinstance(tasks, list) and all(isinstance(each, str) for each in tasks), "names")
-    if "best_epoch" in facts:
-        check("training", "no images or tasks", {"images", "tasks"} <= set(facts), "both beside best_epoch")
     return dict(facts)
 
 

@@ -214,7 +214,7 @@ def _about(detector: Detector, task: str) -> dict[str, str]:
         "Input": f"{preprocessing.size[0]} x {preprocessing.size[1]} pixels, {preprocessing.resize}",
         "Score": f"{pooled} of the map, Gaussian blur {scoring.blur:g} pixels",
     }
-    if "best_epoch" in training:
+    if {"best_epoch", "images", "tasks"} <= training.keys():
         more = f" and {training['synthetic']} drawn ones of each built-in task" if training.get("synthetic") else ""
         about["Trained on"] = f"{training['images']} normal images of {', '.join(training['tasks'])}{more}"
     return about
