@@ -596,3 +596,12 @@ def test_an_entry_starts_from_the_common_settings():
     assert entry.config == replace(NEAREST.config, scoring=replace(BASE.scoring, pooling="topk"))
     assert (entry.peer, entry.images) == (None, 0)
     assert Path(entry.name) == Path("nearest")
+
+
+def test_a_setting_of_an_entry_is_never_dropped():
+    from anatomaly.commands.benchmark import _entry
+
+    entry = _entry("former", {"method": {"name": "d24fad", "tsd_weight": 0.5}}, COMMON)
+    assert entry.config.method.settings.tsd_weight == 0.5
+    with pytest.raises(ConfigError, match=r"methods\.typo: .*tsd_wieght"):
+        _entry("typo", {"method": {"name": "d24fad", "tsd_wieght": 0.5}}, COMMON)

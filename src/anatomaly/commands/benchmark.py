@@ -172,8 +172,9 @@ def _entry(name: str, changes: object, given: Mapping[str, Any]) -> Entry:
     settings_arguments(parser)
     method = dict(settings.get("method", {}))
     set_method_defaults(parser, method.get("name"))
-    chosen = {key: value for key, value in method.items() if key in ("name", method.get("name"))}
-    try:  # the settings of other methods are those of other entries
+    others = set(METHODS) - {method.get("name")}  # their settings are those of other entries
+    chosen = {key: value for key, value in method.items() if key not in others}
+    try:
         options = moved(parser.parse_object({**settings, **({"method": chosen} if method else {})}))
         config = fit_config(instantiated(parser, options))
     except ArgumentError as err:

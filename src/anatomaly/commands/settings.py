@@ -65,7 +65,7 @@ def parse_layered(parser: ArgumentParser, words: Sequence[str]) -> Namespace:
     replaced, given = _with_preset_files(words), {}
     if not {"-h", "--help"}.intersection(words):
         explicit = [word for word in replaced if not word.startswith("--print_config")]
-        found = moved(parser.parse_args(explicit, defaults=False))
+        found = moved(parser.parse_args(explicit, defaults=False), tell=False)
         given = {name: found[name] for name in _GROUPS if name in found}
         given = {name: group.as_dict() if hasattr(group, "as_dict") else group for name, group in given.items()}
         if any(word.partition("=")[0] == "--preset" for word in words):
@@ -100,14 +100,13 @@ def fit_config(options: Namespace) -> FitConfig:
     return FitConfig(MethodConfig(name, options.method.get(name)), **groups)
 
 
-def moved(options: Namespace) -> Namespace:
-    """The options with settings of former versions at their places of now; one line says so."""
+def moved(options: Namespace, *, tell: bool = True) -> Namespace:
+    """The options with settings of former versions at their places of now; unless told before, one line says so."""
     for former, place in _FORMER.items():
         if former in options:
-            value = options.pop(former)
-            if place not in options or options[place] != value:
-                options[place] = value
-            logger.warning("--%s is now --%s.", former, place)
+            options[place] = options.pop(former)
+            if tell:
+                logger.warning("--%s is now --%s.", former, place)
     return options
 
 
@@ -127,13 +126,14 @@ def _method_of(given: Namespace) -> str | None:
 def _set_defaults(parser: ArgumentParser, config: FitConfig) -> None:
     facts = config.as_dict()
     facts["task_intensity"] = config.task_intensity
-    parser.set_defaults(dict(_flat(facts, keep=("task_intensity",))))
+    parser.set_defaults(dict(_flat(facts)))
 
 
-def _flat(facts: Mapping[str, Any], *, keep: Sequence[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings by their full names; those that are one option stay whole."""
     for key, value in facts.items():
-        if isinstance(value, dict) and key not in keep and prefix + key != "preprocessing.intensity":
-            yield from _flat(value, keep=keep, prefix=f"{prefix}{key}.")
+        if isinstance(value, dict) and prefix + key not in ("task_intensity", "preprocessing.intensity"):
+            yield from _flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 
