@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,20 +23,30 @@ class TeacherConfig:
 
     Attributes:
         name: efficientnet_lite0 or efficientnet_lite2 (offline), wide_resnet50_2 (both papers'), vmamba_tiny_merged
-            (PDD's global one), or timm/<model> for any other timm model.
+            (PDD's global one), or timm/<model> for any other timm model, vision transformers included.
         weights: auto (file, package, cache or download), random (untrained), or a .pth/.safetensors file.
         normalise: Scale the input by the teacher's own mean and std; D24FAD's release does not.
+        blocks: Of a model of one stride, such as a vision transformer: which four blocks are its levels, ascending,
+            from 0. Without: spread evenly, such as 2, 5, 8, 11 of 12.
     """
 
     name: str = "efficientnet_lite0"
     weights: str = "auto"
     normalise: bool = True
+    blocks: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         """Refuse values of another type with a ConfigError: those of a bundle may have been edited."""
         for name, kind in (("name", str), ("weights", str), ("normalise", bool)):
             value = getattr(self, name)
             check(f"teacher.{name}", repr(value), isinstance(value, kind), f"a {kind.__name__}")
+        if self.blocks is None:
+            return
+        blocks = tuple(self.blocks) if isinstance(self.blocks, (tuple, list)) else ()
+        ascending = len(blocks) == 4 and all(map(_whole, blocks)) and blocks[0] >= 0
+        ascending = ascending and all(low < high for low, high in pairwise(blocks))
+        check("teacher.blocks", repr(self.blocks), ascending, "four ascending whole numbers from 0")
+        object.__setattr__(self, "blocks", blocks)
 
 
 #: Settings that bundles and runs of before spelled beside the name, whatever the method.
@@ -197,8 +208,10 @@ def with_later_settings(recorded: Mapping[str, Any]) -> dict[str, Any]:
     """
     later = {"keep_checkpoints": False, "synthetic": 0}
     training, method = recorded.get("training"), recorded.get("method")
+    teachers = {role: recorded.get(role) for role in ("teacher", "global_teacher")}
     return {
         **recorded,
+        **{role: {"blocks": None, **each} for role, each in teachers.items() if isinstance(each, dict)},
         **({"training": {**later, **training}} if isinstance(training, dict) else {}),
         **({"method": MethodConfig.from_dict(method).as_dict()} if isinstance(method, dict) else {}),
     }

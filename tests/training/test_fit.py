@@ -418,7 +418,9 @@ def test_an_unreadable_training_image_is_named_and_once_mended_the_run_starts(tm
 
 @pytest.mark.parametrize("size", [(64, 80), (100, 64)])
 def test_a_size_that_does_not_fit_the_teacher_is_refused(scans, tmp_path, size):
-    with pytest.raises(ConfigError, match=r"expected multiples of 32\. Change --preprocessing\.size\.$") as error:
+    with pytest.raises(
+        ConfigError, match=r"expected multiples of 32, such as .*\. Change --preprocessing\.size\.$"
+    ) as error:
         fit(scans, tmp_path / "model", settings(preprocessing=Preprocessing(size=size)))
     assert str(size) in one_line(error)
     assert not (tmp_path / "model").exists()

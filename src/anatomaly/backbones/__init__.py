@@ -7,14 +7,14 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
-from anatomaly.backbones.teacher import Teacher
+from anatomaly.backbones.teacher import Teacher, forbid_blocks
 from anatomaly.backbones.timm_features import TimmSpec, timm_teacher
 from anatomaly.backbones.vmamba.teacher import VMambaSpec, vmamba_teacher
 from anatomaly.backbones.weights import WeightsSource
 from anatomaly.errors import AnatomalyError, ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 
 #: Where packages declare a teacher: ``[project.entry-points."anatomaly.teachers"]``, name = "module:build", which is
@@ -78,28 +78,37 @@ BACKBONES: Mapping[str, TimmSpec | VMambaSpec] = {
 }
 
 
-def build_backbone(name: str, *, weights: str = "auto", normalise: bool = True) -> Teacher:
+def build_backbone(
+    name: str, *, weights: str = "auto", normalise: bool = True, blocks: Sequence[int] | None = None
+) -> Teacher:
     """Build a frozen teacher.
 
     Args:
         name: A name in `BACKBONES` or of an installed package, or ``timm/<model>``: any other timm model with at
-            least four feature levels.
+            least four feature levels, or at least four blocks of one stride, as vision transformers have.
         weights: "auto" (explicit file, installed package, local cache, download), "random", or a file.
         normalise: Scale the input by the model's own mean and std.
+        blocks: Of a model of one stride: which four blocks are its levels, ascending, from 0; None spreads them evenly
+            over its depth, such as 2, 5, 8, 11 of 12.
 
     Raises:
-        ConfigError: The name is unknown.
+        ConfigError: The name is unknown, or there are no such blocks.
         WeightsError: The weights cannot be had or do not fit.
     """
     check_name(name)
     if name in _outside():
-        return _built_outside(name, weights=weights, normalise=normalise)
+        teacher = _built_outside(name, weights=weights, normalise=normalise)
+        if blocks is not None and tuple(blocks) != teacher.blocks:
+            forbid_blocks(name, blocks)
+        return teacher
     if name.startswith("timm/"):
-        return timm_teacher(name, TimmSpec(name.removeprefix("timm/")), weights=weights, normalise=normalise)
-    spec = BACKBONES[name]
-    if isinstance(spec, VMambaSpec):
-        return vmamba_teacher(name, spec, weights=weights, normalise=normalise)
-    return timm_teacher(name, spec, weights=weights, normalise=normalise)
+        spec = TimmSpec(name.removeprefix("timm/"))
+        return timm_teacher(name, spec, weights=weights, normalise=normalise, blocks=blocks)
+    known = BACKBONES[name]
+    forbid_blocks(name, blocks)
+    if isinstance(known, VMambaSpec):
+        return vmamba_teacher(name, known, weights=weights, normalise=normalise)
+    return timm_teacher(name, known, weights=weights, normalise=normalise)
 
 
 def check_name(name: str) -> None:

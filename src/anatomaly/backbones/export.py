@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from anatomaly._version import __version__
-from anatomaly.backbones.teacher import LEVELS
+from anatomaly.backbones.teacher import LEVELS, misfit
 from anatomaly.backbones.vmamba._scan_onnx import OPSET, expand_scans
 from anatomaly.backbones.vmamba.network import VMamba
 from anatomaly.errors import ConfigError, NotReadyError, OutputError, ShapeError
@@ -61,7 +61,7 @@ def export_teacher(
     Args:
         teacher: From `build_backbone`; on any device.
         file: Replaced if it exists; appears whole or not at all.
-        size: (H, W), multiples of the teacher's last stride.
+        size: (H, W) that the teacher takes.
         tolerance: Largest relative L2 difference allowed, per level, between onnxruntime and the teacher on a CPU.
 
     Raises:
@@ -71,11 +71,8 @@ def export_teacher(
         OutputError: The two disagree, or the file cannot be written; nothing is left behind.
     """
     _check_packages()
-    stride = teacher.strides[-1]
-    if any(side < 1 or side % stride for side in size):
-        raise ShapeError(
-            f"export: got size {size[0]}x{size[1]}, expected multiples of {stride}, the last stride of {teacher.name}."
-        )
+    if expected := misfit([teacher], size):
+        raise ShapeError(f"export: {teacher.name}: got size {size[0]}x{size[1]}, expected {expected}. Change the size.")
     weights = sum(tensor.numel() * tensor.element_size() for tensor in teacher.state_dict().values())
     if weights > _MOST_BYTES:
         raise ConfigError(f"export: {teacher.name} has {weights / 2**30:.1f} GiB of weights, one ONNX file holds 2.")

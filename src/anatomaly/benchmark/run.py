@@ -222,7 +222,7 @@ def _judge(grid: Grid, cell: Cell, entry: Entry, model: Path) -> Any:
         return Detector.load(model, device=settings.training.device)
     if entry.peer is not None:
         wanted = settings.teacher
-        teacher = build_backbone(wanted.name, weights=wanted.weights, normalise=wanted.normalise)
+        teacher = build_backbone(wanted.name, weights=wanted.weights, normalise=wanted.normalise, blocks=wanted.blocks)
         return build_peer(
             entry.peer,
             teacher,

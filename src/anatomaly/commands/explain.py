@@ -44,6 +44,7 @@ def teachers_arguments(parser: ArgumentParser) -> None:
     for role, which in (("teacher", "One frozen backbone"), ("global_teacher", "The other one")):
         parser.add_argument(f"--{role}.name", type=str, required=True, help=f"{which}; see fit --help for the names.")
         parser.add_argument(f"--{role}.weights", type=str, default="auto", help="auto, random, or a file.")
+        parser.add_argument(f"--{role}.blocks", type=tuple[int, ...] | None, default=None, help="See fit --help.")
         parser.add_argument(f"--{role}.normalise", type=bool, default=True, help="Scale by the model's mean and std.")
     _image_arguments(parser)
     parser.add_argument("--size", type=int, nargs=2, default=[256, 256], help="Height and width the teachers see.")
@@ -94,7 +95,7 @@ def _classifier(teacher: Namespace, device: str) -> Classifier:
     from anatomaly.detector.device import choose_device
     from anatomaly.explain.classifiers import classifier_of
 
-    built = build_backbone(teacher.name, weights=teacher.weights, normalise=teacher.normalise)
+    built = build_backbone(teacher.name, weights=teacher.weights, normalise=teacher.normalise, blocks=teacher.blocks)
     spec = BACKBONES.get(teacher.name) or TimmSpec(teacher.name.removeprefix("timm/"))
     return classifier_of(built.to(choose_device(device)), spec)
 

@@ -167,7 +167,9 @@ def load_teacher(
             f"{own}: missing; {facts.name} had its weights from a file, and the bundle keeps a copy here. "
             f"Copy the whole bundle again, or pass the weights with --{role}.weights FILE."
         )
-    teacher = given or build_backbone(facts.name, weights=weights or stored, normalise=facts.normalise)
+    teacher = given or build_backbone(
+        facts.name, weights=weights or stored, normalise=facts.normalise, blocks=facts.blocks
+    )
     if teacher.weights_hash != facts.hash:
         raise WeightsError(
             f"{folder}: trained with {facts.name} weights {facts.hash[:12]}..., found "

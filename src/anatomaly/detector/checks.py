@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from anatomaly.backbones.teacher import misfit, small_size
 from anatomaly.errors import NotReadyError, ShapeError, WeightsError
 from anatomaly.scoring import compare_tensor, embed_tensor
 
@@ -13,8 +14,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from anatomaly.types import Method, Preprocessing, Scoring, SupportBank
-
-_CELLS = 4  # sides of the deepest level of the image a model is tried on
 
 
 def check_model(method: Method, preprocessing: Preprocessing, scoring: Scoring, where: str) -> None:
@@ -30,14 +29,14 @@ def check_model(method: Method, preprocessing: Preprocessing, scoring: Scoring, 
         NotReadyError: The teachers take no images of this size.
         WeightsError: What comes out is not finite: some weights are too large.
     """
-    stride = max(teacher.strides[-1] for teacher in method.teachers.values())
-    if any(side % stride for side in preprocessing.size):
+    teachers = list(method.teachers.values())
+    if expected := misfit(teachers, preprocessing.size):
         height, width = preprocessing.size
         raise NotReadyError(
-            f"{where}: is damaged (preprocessing.size: got {height} x {width}, expected multiples of {stride}, the "
-            "stride of its teacher.) Copy the whole bundle again."
+            f"{where}: is damaged (preprocessing.size: got {height} x {width}, expected {expected}.) "
+            "Copy the whole bundle again."
         )
-    size = (_CELLS * stride, _CELLS * stride)
+    size = small_size(teachers)
     try:
         support, encoded = embed_tensor(method, _image(method, size))
         scored = compare_tensor(method, encoded, support, size=size, scoring=scoring)

@@ -74,7 +74,10 @@ class ModelFacts:
         """
         roles = [role for role in TEACHERS if role in facts or role == TEACHERS[0]]
         teachers = tuple(
-            TeacherFacts(**{key: facts[role][key] for key in ("name", "weights", "normalise", "hash")})
+            TeacherFacts(
+                **{key: facts[role][key] for key in ("name", "weights", "normalise", "hash")},
+                blocks=TeacherConfig(blocks=facts[role].get("blocks")).blocks,  # bundles of before have none
+            )
             for role in roles
         )
         for role, each in zip(roles, teachers, strict=True):

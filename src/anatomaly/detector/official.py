@@ -48,7 +48,8 @@ def import_checkpoint(
         replace(config.global_teacher, weights=global_teacher_weights),
     ]
     teachers = [
-        build_backbone(each.name, weights=each.weights, normalise=each.normalise) for each in wanted[: record.teachers]
+        build_backbone(each.name, weights=each.weights, normalise=each.normalise, blocks=each.blocks)
+        for each in wanted[: record.teachers]
     ]
     built = build_method(method, teachers, config.method.settings)
     imported(record.load_release)(checkpoint, built, where=str(file))

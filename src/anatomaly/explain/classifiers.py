@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from anatomaly.backbones.teacher import small_size
+from anatomaly.backbones.timm_features import create, names_in_whole
 from anatomaly.backbones.vmamba.network import VMamba
 from anatomaly.backbones.weights import WeightsSource, find_weights, read_state, tensors_of
 
@@ -91,6 +93,8 @@ def classifier_of(teacher: Teacher, spec: TimmSpec | VMambaSpec) -> Classifier:
             return logits
 
         return Classifier(teacher, deepest, classify)
+    if teacher.blocks is not None:
+        return Classifier(teacher, deepest, None, "its head does not read a grid of features")
     full, why = _whole_model(teacher, spec)
     if full is None:
         return Classifier(teacher, deepest, None, why)
@@ -104,9 +108,8 @@ def classifier_of(teacher: Teacher, spec: TimmSpec | VMambaSpec) -> Classifier:
         logits: Tensor = full.forward_head(activation)
         return logits
 
-    side = 4 * teacher.strides[-1]
     with torch.no_grad():
-        probe = full.forward_features(torch.zeros(1, 3, side, side, device=teacher.mean.device))
+        probe = full.forward_features(torch.zeros(1, 3, *small_size([teacher]), device=teacher.mean.device))
     if not (isinstance(probe, torch.Tensor) and probe.ndim == 4 and probe.shape[1] == full.num_features):
         return Classifier(teacher, deepest, None, "its head does not read a grid of features")
     return Classifier(teacher, activate, head)
@@ -114,23 +117,18 @@ def classifier_of(teacher: Teacher, spec: TimmSpec | VMambaSpec) -> Classifier:
 
 def _whole_model(teacher: Teacher, spec: Any) -> tuple[Any, str]:
     """The timm model with its head and the teacher's own weights, or None and the reason."""
-    import timm
-
     pretrained = spec.source is None and teacher.weights == "auto"
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # of a random teacher's head
-        full = timm.create_model(spec.model, pretrained=pretrained)
+        full = create(spec.model, pretrained=pretrained)
     if not full.num_classes:
         return None, "this model has no class head"
-    # timm's feature pyramids spell the same names with other separators.
-    own = {key.replace(".", "_"): key for key in full.state_dict()}
-    body = {key.replace(".", "_"): tensor for key, tensor in teacher.body.state_dict().items()}
-    body = {key if key in own else key.removeprefix("model_"): tensor for key, tensor in body.items()}
-    if not set(body) <= set(own):
+    body, own = teacher.body.state_dict(), full.state_dict()
+    places = names_in_whole(body, own)
+    if len(places) < len(body):
         return None, "its feature pyramid is another network than its classifier"
-    state = {own[key]: tensor for key, tensor in body.items()}
+    state = {places[key]: tensor for key, tensor in body.items()}
     if not pretrained and teacher.weights != "random":
-        head = {key: full.state_dict()[key].shape for key in own.values() if key not in state}
+        head = {key: tensor.shape for key, tensor in own.items() if key not in state}
         stored = _stored(teacher, spec, full)
         if any(key not in stored or stored[key].shape != shape for key, shape in head.items()):
             return None, "its weights file holds no class head that fits"

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from anatomaly.backbones.teacher import misfit
 from anatomaly.data.readers import read_mask_of
 from anatomaly.data.transforms import mask_to_input, restore_map
 from anatomaly.errors import AnatomalyError, ConfigError, ManifestError
@@ -72,7 +73,7 @@ def explain_teachers(
         pair: Two teachers with their heads, on the same device.
         samples: Manifest rows; an unreadable image becomes rows with a reason.
         out: Folder; one that holds an `explain.csv` is refused.
-        preprocessing: Of the images; both sides of the size multiples of both teachers' last strides.
+        preprocessing: Of the images, of a size that both teachers take.
         batch_size: Images per forward pass; changes no number.
         on_progress: Called with every row that is done.
 
@@ -106,15 +107,18 @@ def check_size(pair: Sequence[Classifier], size: tuple[int, int]) -> None:
     """Refuse an input size that a teacher cannot work at.
 
     Raises:
-        ConfigError: A side is not a multiple of a teacher's last stride.
+        ConfigError: A teacher does not take it, or sees a single cell of it.
     """
     for each in pair:
         stride = each.teacher.strides[-1]
-        if any(side < 2 * stride or side % stride for side in size):
+        if min(size) < 2 * stride:
             raise ConfigError(
                 f"size: got {size[0]} {size[1]}, expected multiples of {stride} from {2 * stride} on, "
                 f"{stride} being the last stride of {each.teacher.name}. Change --size."
             )
+    if expected := misfit([each.teacher for each in pair], size):
+        names = " and ".join(dict.fromkeys(each.teacher.name for each in pair))
+        raise ConfigError(f"size: got {size[0]} {size[1]}, expected {expected} for {names}. Change --size.")
 
 
 def _views(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anatomaly.backbones import build_backbone
+from anatomaly.backbones.teacher import misfit
 from anatomaly.config import TeacherConfig, differences, with_later_settings
 from anatomaly.data.listing import natural_key
 from anatomaly.data.readers import read_image
@@ -66,7 +67,7 @@ def fit(
     out, config = Path(out), config or load_preset()
     record = METHODS[config.method.name]
     if teachers is not None:  # what is recorded is what is used
-        own = [TeacherConfig(each.name, each.facts().weights, each.normalise) for each in teachers]
+        own = [TeacherConfig(each.name, each.facts().weights, each.normalise, each.blocks) for each in teachers]
         config = replace(config, teacher=own[0], global_teacher=own[1] if own[1:] else config.global_teacher)
     device, precision = choose_device(config.training.device), config.training.precision
     manifest = _in_order(manifest).with_hashes()
@@ -119,17 +120,18 @@ def teachers_of(config: FitConfig) -> list[Teacher]:
     """
     most = METHODS[config.method.name].teachers
     wanted = [each for each in (config.teacher, config.global_teacher)[:most] if each.name != "none"]
-    return [build_backbone(each.name, weights=each.weights, normalise=each.normalise) for each in wanted]
+    return [
+        build_backbone(each.name, weights=each.weights, normalise=each.normalise, blocks=each.blocks) for each in wanted
+    ]
 
 
 def _check_size(teachers: Sequence[Teacher], config: FitConfig) -> None:
-    for role, teacher in zip(TEACHERS, teachers, strict=False):
-        stride = teacher.strides[-1]
-        if any(side % stride for side in config.preprocessing.size):
-            raise ConfigError(
-                f"preprocessing: size {config.preprocessing.size} does not fit {role} {teacher.name}, expected "
-                f"multiples of {stride}. Change --preprocessing.size."
-            )
+    size = config.preprocessing.size
+    if expected := misfit(teachers, size):
+        names = " and ".join(f"{role} {teacher.name}" for role, teacher in zip(TEACHERS, teachers, strict=False))
+        raise ConfigError(
+            f"preprocessing: size {size} does not fit {names}, expected {expected}. Change --preprocessing.size."
+        )
 
 
 def _map_ranges(detector: Detector, held_out: Manifest, prepare: Preparation) -> dict[str, tuple[float, float]]:

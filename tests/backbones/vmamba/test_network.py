@@ -497,7 +497,9 @@ def test_a_teacher_scales_its_input_by_imagenets_statistics(teacher, models):
 
 
 def test_a_teacher_refuses_sizes_that_its_stride_does_not_divide(teacher):
-    with pytest.raises(ShapeError, match=rf"^{teacher.name}: got images of 50x70, expected multiples of 32\."):
+    with pytest.raises(
+        ShapeError, match=rf"^{teacher.name}: got images of 50x70, expected multiples of 32, such as 32x64 or 64x96\."
+    ):
         teacher(torch.rand(1, 3, 50, 70))
 
 
