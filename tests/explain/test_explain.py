@@ -384,7 +384,7 @@ def test_batches_change_nothing(pair, phantom, tmp_path):
     for a, b in zip(one, three, strict=True):
         assert a["entropy"] == pytest.approx(b["entropy"], abs=1e-5)
         assert a["class"] == b["class"]
-    with pytest.raises(ConfigError, match="multiples of 32 from 64"):
+    with pytest.raises(ConfigError, match="multiples of 32, such as 64x96 or 64x128 and no side below 64 for"):
         explain_teachers(pair, samples, tmp_path / "x", preprocessing=Preprocessing(size=(64, 100)))
 
 

@@ -17,10 +17,11 @@ from anatomaly.errors import ConfigError, NotReadyError, OutputError, ShapeError
 from anatomaly.files import write_whole
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from onnx import GraphProto, ModelProto, NodeProto
+    from torch import Tensor
 
     from anatomaly.backbones.teacher import Teacher
 
@@ -77,12 +78,14 @@ def export_teacher(
     if weights > _MOST_BYTES:
         raise ConfigError(f"export: {teacher.name} has {weights / 2**30:.1f} GiB of weights, one ONNX file holds 2.")
     own = copy.deepcopy(teacher).cpu()  # the scan's form is changed below, and the caller's may be in use
+    cases = _cases(own, size)
+    _fix_positions(own, size)
     model = _trace(own, size)
     if foreign := sorted({node.domain for node in _nodes(model.graph)} - {"", "ai.onnx"}):
         raise NotReadyError(f"export: {teacher.name} needs operators of {', '.join(foreign)}, expected standard ones.")
     _describe(model, teacher, size)
     content = model.SerializeToString()
-    parity = _parity(own, content, size)
+    parity = _parity(content, cases)
     if not parity <= tolerance:  # NaN is refused too
         raise OutputError(
             f"{file}: not written: onnxruntime differs from {teacher.name} by {parity:.1e} (relative L2 of a level), "
@@ -99,6 +102,13 @@ def _check_packages() -> None:
         import onnxscript  # noqa: F401
     except ImportError as err:
         raise NotReadyError(f"export: {err.name} is not installed. pip install anatomaly[export]") from err
+
+
+def _fix_positions(teacher: Teacher, size: tuple[int, int]) -> None:
+    """Resample a vision transformer's positions now: ONNX cannot where one side grows and the other one shrinks."""
+    model = getattr(teacher.body, "model", None)
+    if getattr(model, "dynamic_img_size", False) and getattr(model, "pos_embed", None) is not None:
+        teacher.body.model.set_input_size(img_size=size)
 
 
 def _trace(teacher: Teacher, size: tuple[int, int]) -> ModelProto:
@@ -154,16 +164,21 @@ def _describe(model: ModelProto, teacher: Teacher, size: tuple[int, int]) -> Non
 
 
 @torch.no_grad()
-def _parity(teacher: Teacher, content: bytes, size: tuple[int, int]) -> float:
-    """Largest relative L2 difference of a level between onnxruntime and the teacher, on random images."""
+def _cases(teacher: Teacher, size: tuple[int, int]) -> list[tuple[Tensor, tuple[Tensor, ...]]]:
+    """Batches of random images, and what the teacher makes of them."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.rand(batch, 3, *size, generator=generator) for batch in _BATCHES]
+    return [(images, teacher(images)) for images in batches]
+
+
+def _parity(content: bytes, cases: Sequence[tuple[Tensor, tuple[Tensor, ...]]]) -> float:
+    """Largest relative L2 difference of a level between onnxruntime and the teacher."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    generator = torch.Generator().manual_seed(0)
     differences = []
-    for batch in _BATCHES:
-        images = torch.rand(batch, 3, *size, generator=generator)
-        for got, expected in zip(session.run(list(_NAMES), {"images": images.numpy()}), teacher(images), strict=True):
+    for images, levels in cases:
+        for got, expected in zip(session.run(list(_NAMES), {"images": images.numpy()}), levels, strict=True):
             difference = torch.linalg.vector_norm(torch.from_numpy(got) - expected)
             differences.append(difference / torch.linalg.vector_norm(expected))
     return float(torch.stack(differences).max())  # NaN if one is

@@ -122,8 +122,10 @@ class Teacher(nn.Module):
     def _probe(self, known: tuple[int, int] | None) -> tuple[Tensor, ...]:
         """Levels of one small image, or of the known size where the network takes that alone."""
         small = small_size([self])
+        levels: tuple[Tensor, ...]
         try:
-            return self(_slope(small))
+            levels = self(_slope(small))
+            return levels
         except Exception as err:  # each network has its own way to say that it takes images of one size only
             reason = " ".join(str(err).split())[:120]
             if known is None or known == small or any(side % self.strides[-1] for side in known):

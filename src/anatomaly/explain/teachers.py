@@ -109,15 +109,12 @@ def check_size(pair: Sequence[Classifier], size: tuple[int, int]) -> None:
     Raises:
         ConfigError: A teacher does not take it, or sees a single cell of it.
     """
-    for each in pair:
-        stride = each.teacher.strides[-1]
-        if min(size) < 2 * stride:
-            raise ConfigError(
-                f"size: got {size[0]} {size[1]}, expected multiples of {stride} from {2 * stride} on, "
-                f"{stride} being the last stride of {each.teacher.name}. Change --size."
-            )
-    if expected := misfit([each.teacher for each in pair], size):
-        names = " and ".join(dict.fromkeys(each.teacher.name for each in pair))
+    teachers = [each.teacher for each in pair]
+    least = 2 * max(teacher.strides[-1] for teacher in teachers)
+    expected = misfit(teachers, size)
+    if expected or min(size) < least:
+        expected = " and ".join([*([expected] if expected else []), f"no side below {least}"])
+        names = " and ".join(dict.fromkeys(teacher.name for teacher in teachers))
         raise ConfigError(f"size: got {size[0]} {size[1]}, expected {expected} for {names}. Change --size.")
 
 

@@ -485,6 +485,7 @@ def test_a_teachers_facts(teacher):
         "weights": "file",
         "normalise": True,
         "hash": teacher.weights_hash,
+        "blocks": None,
     }
 
 
