@@ -34,6 +34,14 @@ def lite0():
 
 
 @pytest.fixture(scope="session")
+def vit():
+    """A small vision transformer, 16 pixels a patch, untrained; its levels are blocks 0, 2, 3 and 5 of 6."""
+    from anatomaly.backbones import build_backbone
+
+    return build_backbone("timm/test_vit", weights="random")
+
+
+@pytest.fixture(scope="session")
 def golden_files(tmp_path_factory):
     """Official-format weight files with the golden filling: a torchvision state dict and a {decoder, weight} file."""
     from golden_io import fill_entry

@@ -15,9 +15,10 @@ from anatomaly.types import Scoring
 SCORING = Scoring(blur=4.0, pooling="topk", top_fraction=0.05)
 
 
-@pytest.fixture(scope="module", params=list(METHODS))
-def method(request, lite0):
-    return build_method(request.param, [lite0] * METHODS[request.param].teachers, seed=3).eval()
+@pytest.fixture(scope="module", params=[(name, teacher) for teacher in ("lite0", "vit") for name in METHODS])
+def method(request):
+    name, teacher = request.param
+    return build_method(name, [request.getfixturevalue(teacher)] * METHODS[name].teachers, seed=3).eval()
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from anatomaly.backbones.vmamba.network import VMamba
 from anatomaly.errors import ConfigError, NotReadyError, OutputError, ShapeError
 
 SIZE = (64, 96)
-TEACHERS = ("timm/test_resnet", "vmamba_tiny_merged", "vmamba_tiny_s1l8")
+TEACHERS = ("timm/test_resnet", "timm/test_vit", "vmamba_tiny_merged", "vmamba_tiny_s1l8")
 
 
 def build(name):

@@ -175,17 +175,18 @@ def _renamed(
     places = names_in_whole(wanted, own)
     needed = set(places.values())
     found = {key: value for key, value in state.items() if key in needed or key not in own}
-    if needed <= set(found) and any(found[key].shape != own[key].shape for key in needed):
+    other = {key for key in needed & set(found) if found[key].shape != own[key].shape}
+    if other and needed <= set(found) and all("pos" in key for key in other):
         found |= _resampled(spec, {**own, **{key: found[key] for key in needed}}, needed)
     back = {whole: key for key, whole in places.items()}
     return {back.get(key, key): value for key, value in found.items()}
 
 
 def _resampled(spec: TimmSpec, state: dict[str, Tensor], needed: Iterable[str]) -> dict[str, Tensor]:
-    """What timm makes of these tensors of a whole model, of which some were trained at another size."""
+    """What timm makes of these tensors of a whole model, whose positions were trained on another grid."""
     try:
         whole = create(spec.model, pretrained=True, pretrained_cfg_overlay={"state_dict": dict(state)})
-    except Exception:  # they differ in more than that; what does not fit is told when they are loaded
+    except Exception:  # it cannot resample them; what does not fit is told when they are loaded
         return {}
     fitted = whole.state_dict()
     return {key: fitted[key] for key in needed}
