@@ -92,10 +92,17 @@ def test_the_file_has_standard_operators_only(exported):
     assert sum(1 for _ in nodes(model.graph)) == done.nodes
 
 
+def test_positions_may_grow_along_one_side_and_shrink_along_the_other(vit, tmp_path):
+    """ONNX's own resampling is another one there."""
+    before = vit.body.model.pos_embed.clone()
+    assert export_teacher(vit, tmp_path / "teacher.onnx", size=(112, 224)).parity < 1e-4
+    assert torch.equal(vit.body.model.pos_embed, before), "the teacher itself is not touched"
+
+
 def test_the_scan_is_one_operator_or_two_not_a_chain_of_positions(exported):
     teacher, done = exported
     scans = sum(node.op_type == "Scan" for node in nodes(onnx.load(done.file).graph))
-    assert scans == {"timm/test_resnet": 0, "vmamba_tiny_merged": 2, "vmamba_tiny_s1l8": 2 * 2}[teacher.name]
+    assert scans == {"vmamba_tiny_merged": 2, "vmamba_tiny_s1l8": 2 * 2}.get(teacher.name, 0)
 
 
 def test_the_file_says_what_it_is(exported):

@@ -151,7 +151,9 @@ def _build(name: str, spec: TimmSpec, weights: str, blocks: Sequence[int] | None
             ) from err
     file = find_weights(name, spec.source or WeightsSource("", ""), explicit=explicit)
     state = tensors_of(read_state(file), where=str(file))
-    load_strict(body, _fitted(spec, body.state_dict(), state, where=str(file)), where=str(file))
+    with _hub_in_time() if colon else nullcontext():
+        state = _fitted(spec, body.state_dict(), state, where=str(file))
+    load_strict(body, state, where=str(file))
     return body, chosen
 
 
