@@ -82,10 +82,9 @@ def _lesion_loader(
 ) -> DataLoader[Batch]:
     """Batches with pasted lesions: of the training rows and, unless these are built-in images too, of built-in ones."""
     more, synthetic = synthetic_images(synthetic_images_of(rows, settings), prepare.preprocessing.size)
+    parts = torch.split(synthetic, _READ_BATCH) if more else ()  # a transformer takes no batch of no images
     with torch.inference_mode():
-        batches = [
-            method.extract(images.to(prepare.device))["teacher"] for images in torch.split(synthetic, _READ_BATCH)
-        ]
+        batches = [method.extract(images.to(prepare.device))["teacher"] for images in parts]
     pyramid = [torch.cat(levels) for levels in zip(*batches, strict=True)]
 
     def load(indices: Sequence[int]) -> Tensor:
