@@ -197,3 +197,19 @@ def test_an_own_network_of_one_stride_is_a_teacher(phantom, tmp_path):
     found = scores(detector, phantom)
     again = Detector.load(tmp_path / "model", device="cpu", teachers=[own])
     assert scores(again, phantom) == pytest.approx(found, abs=1e-6)
+
+
+def test_export_and_explain_take_the_blocks_too(phantom, tmp_path, capsys):
+    import onnx
+
+    words = ["--teacher.name", "timm/test_vit", "--teacher.weights", "random", "--teacher.blocks", "[0,1,2,4]"]
+    assert main(["export", *words, "--size", "64", "64", "--out", str(tmp_path / "teacher.onnx")]) == 0
+    facts = {each.key: each.value for each in onnx.load(tmp_path / "teacher.onnx").metadata_props}
+    assert facts["weights_hash"] == build_backbone("timm/test_vit", weights="random", blocks=(0, 1, 2, 4)).weights_hash
+    words += ["--images", str(queries(phantom)[0].path), "--size", "64", "64", "--out", str(tmp_path / "looks")]
+    words += ["--global_teacher.name", "timm/test_vit", "--global_teacher.weights", "random"]
+    capsys.readouterr()
+    assert main(["explain", "teachers", *words, "--global_teacher.blocks", "[0,1,2,6]"]) == 2
+    assert "got [0, 1, 2, 6], expected 4 ascending numbers from 0 to 5" in capsys.readouterr().err
+    assert main(["explain", "teachers", *words, "--global_teacher.blocks", "[0,1,2,3]"]) == 0
+    assert "timm/test_vit: Eigen-CAM instead of Grad-CAM" in capsys.readouterr().out
