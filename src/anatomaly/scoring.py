@@ -128,6 +128,37 @@ def image_score(maps: Tensor, scoring: Scoring) -> Tensor:
     return flat.topk(count, dim=1).values.mean(dim=1)
 
 
+#: Distances below this count as this in a geometric mean: of two images that are the same, only rounding is left.
+_SMALLEST = 1e-6
+
+
+def geometric_score(comparisons: Sequence[Comparison], scoring: Scoring) -> Tensor:
+    """Pool each level's distances to one number and take the geometric mean over the levels.
+
+    All levels count alike, whatever their unit or spread; `Comparison.scale` and `surround` play no part, and there is
+    no blur.
+
+    Args:
+        comparisons: As in `anatomaly_map`; the largest grid among them is that of all.
+        scoring: The pooling.
+
+    Returns:
+        (B,), float32, in [1e-6, 2].
+
+    Example:
+        >>> from anatomaly.types import Comparison, Scoring
+        >>> up, right = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])
+        >>> half = torch.tensor([3**0.5 / 2, 0.5])
+        >>> levels = [Comparison(a.view(1, 2, 1, 1), b.view(1, 2, 1, 1)) for a, b in ((up, right), (up, half))]
+        >>> geometric_score(levels, Scoring())  # distances 1 and 0.5
+        tensor([0.7071])
+    """
+    grid = max((tuple(comparison.student.shape[2:]) for comparison in comparisons), key=math.prod)
+    plain = [anomaly_map([each._replace(scale=1.0, surround=0.0)], grid) for each in comparisons]
+    pooled = torch.stack([image_score(level, scoring) for level in plain])
+    return pooled.clamp_min(_SMALLEST).log().mean(dim=0).exp()
+
+
 #: Pixels of a map that a colour scale is made from.
 _PIXELS_PER_MAP = 65536
 
@@ -224,7 +255,9 @@ def compare_tensor(
     with torch.inference_mode():
         comparisons = method.compare(encoded, support)
         maps = blur(anomaly_map(comparisons, size), scoring.blur)
-        return Scored(maps, image_score(maps, scoring), _weights(comparisons))
+        geometric = scoring.levels == "geometric"
+        scores = geometric_score(comparisons, scoring) if geometric else image_score(maps, scoring)
+        return Scored(maps, scores, _weights(comparisons))
 
 
 def predict_tensor(

@@ -128,11 +128,14 @@ class Scoring:
         blur: Standard deviation of the per-image Gaussian in input pixels, at most the map's diagonal; 0: none.
         pooling: "max" (D24FAD's release), "mean" (its paper), or "topk", the mean of the highest `top_fraction`.
         top_fraction: Share of the pixels that "topk" averages, in (0, 1].
+        levels: "sum" pools the map, the levels' sum; "geometric" pools every level alone and takes the geometric mean,
+            so that no level outweighs the others by being larger or spread wider.
     """
 
     blur: float = 4.0
     pooling: Literal["max", "mean", "topk"] = "max"
     top_fraction: float = 0.01
+    levels: Literal["sum", "geometric"] = "sum"
 
 
 #: Frozen features of a batch: teacher name -> levels from shallow to deep, each (B, C, h, w).

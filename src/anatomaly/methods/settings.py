@@ -15,6 +15,21 @@ class NearestSettings:
 
 
 @dataclass(frozen=True)
+class MatchingSettings:
+    """The one choice of matching.
+
+    Attributes:
+        whole: Number of levels, the deepest ones, at which whole images are compared as well; 0 compares places alone.
+    """
+
+    whole: int = 2
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range with a ConfigError."""
+        check("method.matching.whole", self.whole, self.whole in (0, 1, 2, 3, 4), "0 to 4")
+
+
+@dataclass(frozen=True)
 class D24FADSettings:
     """D24FAD's losses and learn-to-weight, where paper and release differ, and its ablations.
 

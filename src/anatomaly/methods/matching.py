@@ -1,0 +1,118 @@
+"""Matching: a query beside its supports place by place, and as a whole (docs/matching.md).
+
+Every place of the query is compared with the most similar place of the K supports, at each level of the frozen
+teacher.  The query as a whole, its mean features, is compared with the best mixture of the supports as a whole: what
+is spread all over an image, or missing from it, is in no single place.  Nothing is trained.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from anatomaly.errors import ShapeError
+from anatomaly.methods.nearest import most_similar
+from anatomaly.methods.settings import MatchingSettings
+from anatomaly.types import Comparison
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from anatomaly.backbones.teacher import Teacher
+    from anatomaly.types import Features
+
+_DEFAULT = MatchingSettings()
+#: Of the mixture's least squares, as a share of the supports' mean square: two equal supports share the weight.
+_RIDGE = 0.01
+
+
+class Matching(nn.Module):
+    """Nearest places at all levels, and whole images at the deepest; follows `types.Method` and has no weights.
+
+    Args:
+        teacher: Frozen backbone with four levels.  The first is averaged to the grid of the second.
+        settings: At how many levels whole images count.
+    """
+
+    needs_support = True
+
+    def __init__(self, teacher: Teacher, *, settings: MatchingSettings = _DEFAULT) -> None:
+        super().__init__()
+        self.settings = settings
+        self.teachers = {"teacher": teacher}
+
+    def extract(self, images: Tensor) -> Features:
+        """Teacher pyramid of (B, 3, H, W) images in [0, 1]."""
+        return {"teacher": self.teachers["teacher"](images)}
+
+    extract_support = extract
+
+    def encode(self, features: Features) -> list[Tensor]:
+        """Unit-length features: the places (B, C, h, w) of all levels, then (B, C, 1, 1) of whole images."""
+        first, *deeper = (level.float() for level in features["teacher"])
+        places = [F.adaptive_avg_pool2d(first, deeper[0].shape[-2:]), *deeper]
+        wholes = [level.mean(dim=(2, 3), keepdim=True) for level in places[len(places) - self.settings.whole :]]
+        return [F.normalize(level, dim=1) for level in (*places, *wholes)]
+
+    def embed_support(self, features: Features) -> dict[str, Tensor]:
+        """What `encode` says of K supports, as "level_i", each (K, h, w, C)."""
+        return {f"level_{i}": level.permute(0, 2, 3, 1).contiguous() for i, level in enumerate(self.encode(features))}
+
+    def compare(self, encoded: Sequence[Tensor], support: Mapping[str, Tensor]) -> list[Comparison]:
+        """Pair every place of the queries with the most similar one, and every whole with the best mixture.
+
+        Args:
+            encoded: What `encode` returned, each (B, C, h, w).
+            support: What `embed_support` returned.
+
+        Returns:
+            One comparison per tensor of `encoded`; where they compare places, the (B, K) weights are the share of the
+            query's places whose most similar one is in support k.
+
+        Raises:
+            ShapeError: Query and support have other feature sizes.
+        """
+        comparisons = []
+        for i, level in enumerate(encoded):
+            bank = support[f"level_{i}"].float()
+            if level.shape[1:] != bank.movedim(-1, 1).shape[1:]:
+                raise ShapeError(
+                    f"Matching.compare: level {i + 1} of the query is {tuple(level.shape)}, the support bank holds "
+                    f"{tuple(bank.shape)}; C, h and w must match. Make the bank anew with this model and size."
+                )
+            whole = i >= len(encoded) - self.settings.whole
+            comparisons.append(_mixed(level.float(), bank) if whole else _matched(level.float(), bank))
+        return comparisons
+
+    def training_loss(self, query: Features, support: Features) -> dict[str, Tensor]:
+        """There is nothing to train.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError("Matching has no trainable part; use it without fit.")
+
+
+def _matched(queries: Tensor, bank: Tensor) -> Comparison:
+    """Places (B, C, h, w) beside the most similar of all places of a bank (K, h, w, C)."""
+    places, shots = bank.flatten(0, 2), len(bank)
+    targets, weights = [], []
+    for query in queries:  # one image at a time bounds memory
+        nearest = most_similar(query.flatten(1).T, places)
+        targets.append(places[nearest].T.reshape(query.shape))
+        weights.append(torch.bincount(nearest // (len(places) // shots), minlength=shots) / len(nearest))
+    return Comparison(queries, torch.stack(targets), torch.stack(weights))
+
+
+def _mixed(queries: Tensor, bank: Tensor) -> Comparison:
+    """Whole images (B, C, 1, 1) beside the mixture of a bank's (K, 1, 1, C) that is nearest in least squares."""
+    wholes, rows = bank.flatten(1).double(), queries.flatten(1).double()
+    alike = wholes @ wholes.T
+    ridge = _RIDGE * alike.diagonal().mean() * torch.eye(len(wholes), dtype=alike.dtype, device=alike.device)
+    shares = torch.linalg.solve(alike + ridge, wholes @ rows.T).T
+    return Comparison(queries, (shares @ wholes).to(queries).reshape(queries.shape))
