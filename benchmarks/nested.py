@@ -37,13 +37,22 @@ from anatomaly.evaluation.pixel_metrics import PixelCounts
 from anatomaly.evaluation.protocols import draw_supports, samples_to_test
 from anatomaly.methods import build_method
 from anatomaly.methods.settings import AttentionSettings, MatchingSettings
-from anatomaly.scoring import anomaly_map, blur, embed_tensor, encode_tensor, geometric_score, image_score
+from anatomaly.scoring import (
+    anomaly_map,
+    blur,
+    embed_tensor,
+    encode_tensor,
+    geometric_mean,
+    image_score,
+    level_scores,
+)
 from anatomaly.types import Preprocessing, Scoring
 
 MAXIMUM = Scoring(blur=4.0, pooling="max")
 TOP = Scoring(blur=4.0, pooling="topk", top_fraction=0.05)
 GEOMETRIC = replace(TOP, levels="geometric")
 PIXEL_SHOTS = 4
+ALL = None
 BATCH = 16
 
 
@@ -64,7 +73,7 @@ VIT = Teacher("ViT 224 px", "timm/vit_small_patch14_dinov2", 224, (3, 5, 6, 7))
 class Group(NamedTuple):
     """A method on a teacher: what is computed once for all its variants.
 
-    Each variant is (which of the comparisons count, scoring).
+    Each variant is (indices of the comparisons that count, scoring).
     """
 
     teacher: Teacher
@@ -74,25 +83,22 @@ class Group(NamedTuple):
     learned: bool = False
 
 
-def everything(comparisons):
-    return comparisons
-
-
 def wholes(count):
     """Of matching with whole images at all four levels: the places, and the `count` deepest wholes."""
-    return lambda comparisons: [*comparisons[:4], *comparisons[8 - count :]]
+    return [0, 1, 2, 3, *range(8 - count, 8)]
 
 
-NEAREST = {"nearest, maximum": (everything, MAXIMUM), "nearest, top 5 %": (everything, TOP)}
+NEAREST = {"nearest, maximum": (ALL, MAXIMUM), "nearest, top 5 %": (ALL, TOP)}
 MATCHING = {
     **{f"matching, whole {count}": (wholes(count), GEOMETRIC) for count in (0, 1, 2, 3, 4)},
-    "matching, whole 2, levels summed": (wholes(2), TOP),
+    **{f"matching, levels 2 to 4, whole {count}": (wholes(count)[1:], GEOMETRIC) for count in (0, 1, 2)},
 }
-ATTENTION = {"patch attention": (everything, TOP), "patch attention, geometric": (everything, GEOMETRIC)}
+SUMMED = {"matching, whole 2, levels summed": (wholes(2), TOP)}
+ATTENTION = {"patch attention": (ALL, TOP), "patch attention, geometric": (ALL, GEOMETRIC)}
 PLAIN = AttentionSettings(surroundings=False, deepest=1.0)
 
 GROUPS = {
-    "matching_lite0_128": Group(LITE_128, "matching", MatchingSettings(whole=4), MATCHING),
+    "matching_lite0_128": Group(LITE_128, "matching", MatchingSettings(whole=4), MATCHING | SUMMED),
     "nearest_lite0_128": Group(LITE_128, "nearest", None, NEAREST),
     "matching_lite0_224": Group(LITE_224, "matching", MatchingSettings(whole=4), MATCHING),
     "matching_vit": Group(VIT, "matching", MatchingSettings(whole=4), MATCHING),
@@ -105,9 +111,7 @@ GROUPS = {
         {f"{name}, no surroundings": variant for name, variant in ATTENTION.items()},
         learned=True,
     ),
-    "attention": Group(
-        LITE_128, "attention", AttentionSettings(), {"patch attention": (everything, TOP)}, learned=True
-    ),
+    "attention": Group(LITE_128, "attention", AttentionSettings(), {"patch attention": (ALL, TOP)}, learned=True),
 }
 REFERENCE = ("nearest_lite0_128", "nearest, maximum")
 
@@ -237,17 +241,20 @@ def scores_of(method, encoded, bank, variants, size, masks):
     done = 0
     for levels in encoded:
         comparisons = method.compare(levels, bank)
+        pooled, maps = {}, {}
         for name, (chosen, scoring) in variants.items():
-            some = chosen(comparisons)
-            maps = None
-            if masks is not None or scoring.levels == "sum":
-                maps = blur(anomaly_map(some, size), scoring.blur)
-            scores[name].append(
-                geometric_score(some, scoring) if scoring.levels != "sum" else image_score(maps, scoring)
-            )
+            indices = tuple(range(len(comparisons)) if chosen is ALL else chosen)
+            if (masks is not None or scoring.levels == "sum") and indices not in maps:
+                maps[indices] = blur(anomaly_map([comparisons[i] for i in indices], size), scoring.blur)
+            if scoring.levels == "sum":
+                scores[name].append(image_score(maps[indices], scoring))
+            else:
+                if scoring not in pooled:
+                    pooled[scoring] = level_scores(comparisons, scoring)
+                scores[name].append(geometric_mean(pooled[scoring][list(indices)]))
             for i, mask in enumerate(masks[done : done + len(levels[0])] if masks is not None else ()):
                 if mask is not None:
-                    counted[name].add(maps[i].numpy(), mask)
+                    counted[name].add(maps[indices][i].numpy(), mask)
         done += len(levels[0])
     figures = {name: each.metrics() for name, each in counted.items()} if masks is not None else {}
     return {name: torch.cat(each).numpy() for name, each in scores.items()}, figures

@@ -132,31 +132,35 @@ def image_score(maps: Tensor, scoring: Scoring) -> Tensor:
 _SMALLEST = 1e-6
 
 
-def geometric_score(comparisons: Sequence[Comparison], scoring: Scoring) -> Tensor:
-    """Pool each level's distances to one number and take the geometric mean over the levels.
-
-    All levels count alike, whatever their unit or spread; `Comparison.scale` and `surround` play no part, and there is
-    no blur.
+def level_scores(comparisons: Sequence[Comparison], scoring: Scoring) -> Tensor:
+    """Pool each level's distances alone; `Comparison.scale` and `surround` play no part, and there is no blur.
 
     Args:
-        comparisons: As in `anatomaly_map`; the largest grid among them is that of all.
+        comparisons: As in `anomaly_map`; the largest grid among them is that of all.
         scoring: The pooling.
 
     Returns:
-        (B,), float32, in [1e-6, 2].
-
-    Example:
-        >>> from anatomaly.types import Comparison, Scoring
-        >>> up, right = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])
-        >>> half = torch.tensor([3**0.5 / 2, 0.5])
-        >>> levels = [Comparison(a.view(1, 2, 1, 1), b.view(1, 2, 1, 1)) for a, b in ((up, right), (up, half))]
-        >>> geometric_score(levels, Scoring())  # distances 1 and 0.5
-        tensor([0.7071])
+        (levels, B), float32, in [0, 2].
     """
     grid = max((tuple(comparison.student.shape[2:]) for comparison in comparisons), key=math.prod)
     plain = [anomaly_map([each._replace(scale=1.0, surround=0.0)], grid) for each in comparisons]
-    pooled = torch.stack([image_score(level, scoring) for level in plain])
-    return pooled.clamp_min(_SMALLEST).log().mean(dim=0).exp()
+    return torch.stack([image_score(level, scoring) for level in plain])
+
+
+def geometric_mean(levels: Tensor) -> Tensor:
+    """What `level_scores` returned as one score an image: all levels count alike, whatever their size or spread.
+
+    Args:
+        levels: (levels, B), float32.
+
+    Returns:
+        (B,), float32, at least 1e-6.
+
+    Example:
+        >>> geometric_mean(torch.tensor([[0.1], [0.4]]))
+        tensor([0.2000])
+    """
+    return levels.clamp_min(_SMALLEST).log().mean(dim=0).exp()
 
 
 #: Pixels of a map that a colour scale is made from.
@@ -256,7 +260,7 @@ def compare_tensor(
         comparisons = method.compare(encoded, support)
         maps = blur(anomaly_map(comparisons, size), scoring.blur)
         geometric = scoring.levels == "geometric"
-        scores = geometric_score(comparisons, scoring) if geometric else image_score(maps, scoring)
+        scores = geometric_mean(level_scores(comparisons, scoring)) if geometric else image_score(maps, scoring)
         return Scored(maps, scores, _weights(comparisons))
 
 
