@@ -44,7 +44,7 @@ def main():
 
 
 def state_of(graph):
-    """timm's names -> tensors."""
+    """Tensors under the names that timm gives them."""
     stored = {each.name: torch.from_numpy(numpy_helper.to_array(each).copy()) for each in graph.initializer}
     own = {name.removeprefix("backbone."): tensor for name, tensor in stored.items()}
     # Matrices of linear layers have lost their names; the nodes that multiply by them have not.

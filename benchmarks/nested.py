@@ -46,7 +46,7 @@ from anatomaly.scoring import (
     image_score,
     level_scores,
 )
-from anatomaly.types import Preprocessing, Scoring
+from anatomaly.types import Comparison, Preprocessing, Scoring
 
 MAXIMUM = Scoring(blur=4.0, pooling="max")
 TOP = Scoring(blur=4.0, pooling="topk", top_fraction=0.05)
@@ -201,26 +201,27 @@ def judge(args, group, manifest, task, file):
     rows = tests_of(args, manifest, task)
     images = pixels(rows, preprocessing)
     masks = [mask_of(row, preprocessing) for row in rows]
-    outlined = any(row.mask is not None for row in rows)
     scores = {name: [] for name in group.variants}
     counts = {name: [] for name in group.variants}
-    for seed in args.learned_seeds if group.learned else args.seeds:
-        method = method_of(args, group, manifest, task, seed)
-        encoded = [encode_tensor(method, batch) for batch in images.split(BATCH)]
-        supports = draw_supports(manifest, task=task, shots=max(args.shots), draws=args.draws, seed=seed)
-        for draw in supports:
-            whole, _ = embed_tensor(method, pixels(draw, preprocessing))
-            found = {name: [] for name in group.variants}
+    seeds = args.learned_seeds if group.learned else args.seeds
+    draws = {
+        seed: draw_supports(manifest, task=task, shots=max(args.shots), draws=args.draws, seed=seed) for seed in seeds
+    }
+    kinds = Learned if group.learned else Matched
+    compare = None
+    for seed in seeds:
+        if compare is None or group.learned:
+            method = method_of(args, group, manifest, task, seed)
+            shown = [row for each in (seeds if not group.learned else [seed]) for draw in draws[each] for row in draw]
+            encoded = [encode_tensor(method, batch) for batch in images.split(BATCH)]
+            compare = kinds(method, encoded, list(dict.fromkeys(shown)), preprocessing)
+        for draw in draws[seed]:
             for shots in args.shots:
-                bank = {name: tensor[:shots] for name, tensor in whole.items()}
-                pixelwise = outlined and shots == PIXEL_SHOTS and seed == args.seeds[0]
-                some, counted = scores_of(method, encoded, bank, group.variants, size, masks if pixelwise else None)
+                pixelwise = shots == PIXEL_SHOTS and seed == seeds[0] and any(row.mask is not None for row in rows)
+                some, counted = scores_of(compare, draw[:shots], group.variants, size, masks if pixelwise else None)
                 for name in group.variants:
-                    found[name].append(some[name])
-                    if pixelwise:
-                        counts[name].append(counted[name])
-            for name in group.variants:
-                scores[name].append(np.stack(found[name]))
+                    scores[name].append(some[name])
+                    counts[name] += [counted[name]] if pixelwise else []
     figures = {
         f"pixels {name}": np.array([(c["pixel_auroc"], c["aupro"]) for c in each]).mean(axis=0)
         for name, each in counts.items()
@@ -230,17 +231,69 @@ def judge(args, group, manifest, task, file):
     patients = np.array([row.patient_id or f"image {i}" for i, row in enumerate(rows)])
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.with_suffix(".part").open("wb") as stream:
-        stacked = {name: np.stack(each) for name, each in scores.items()}
+        stacked = {name: np.stack(each).reshape(-1, len(args.shots), len(rows)) for name, each in scores.items()}
         np.savez(stream, **stacked, **figures, labels=labels, patients=patients)
     file.with_suffix(".part").rename(file)
 
 
-def scores_of(method, encoded, bank, variants, size, masks):
-    """Image scores of all variants with one bank, and their pixel figures where masks are given."""
+class Learned:
+    """The comparisons of encoded batches with any supports."""
+
+    def __init__(self, method, encoded, supports, preprocessing):
+        self.method, self.encoded = method, encoded
+        self.place = {row: i for i, row in enumerate(supports)}
+        self.bank, _ = embed_tensor(method, pixels(supports, preprocessing))
+
+    def __call__(self, number, supports):
+        """Comparisons of a batch with these supports."""
+        chosen = [self.place[row] for row in supports]
+        return self.method.compare(self.encoded[number], {name: tensor[chosen] for name, tensor in self.bank.items()})
+
+
+class Matched(Learned):
+    """The same of a method that matches places: those of every support once, and what a bank has is the best of them.
+
+    The first batch is compared with what the method itself says.
+    """
+
+    def __init__(self, method, encoded, supports, preprocessing):
+        super().__init__(method, encoded, supports, preprocessing)
+        self.own = encode_tensor(method, pixels(supports, preprocessing))
+        self.places = sum(level.shape[2:] != (1, 1) for level in self.own)
+        self.similar = [[similarities(batch[i], self.own[i]) for i in range(self.places)] for batch in encoded]
+        theirs, ours = super().__call__(0, supports[:4]), self(0, supports[:4])
+        for each, other in zip(theirs, ours, strict=True):
+            grid = tuple(each.student.shape[2:])
+            torch.testing.assert_close(anomaly_map([other], grid), anomaly_map([each], grid), rtol=0, atol=1e-5)
+
+    def __call__(self, number, supports):
+        """Comparisons of a batch with these supports."""
+        chosen = [self.place[row] for row in supports]
+        comparisons = []
+        for similar in self.similar[number]:
+            best = similar[:, chosen].amax(dim=1).clamp(-1.0, 1.0)
+            student = torch.stack([torch.ones_like(best), torch.zeros_like(best)], dim=1)
+            comparisons.append(Comparison(student, torch.stack([best, (1.0 - best.square()).sqrt()], dim=1)))
+        wholes = self.encoded[number][self.places :]
+        own = {f"level_{i}": level[chosen].movedim(1, -1) for i, level in enumerate(self.own[self.places :])}
+        return [*comparisons, *(self.method.compare(wholes, own) if wholes else [])]
+
+
+def similarities(queries, supports):
+    """The largest cosine of every place of (B, C, h, w) with any place of each of (P, C, h, w): (B, P, h, w)."""
+    b, c, h, w = queries.shape
+    rows = torch.nn.functional.normalize(queries, dim=1).permute(0, 2, 3, 1).reshape(-1, c)
+    places = torch.nn.functional.normalize(supports, dim=1).flatten(2)
+    blocks = rows.split(max(64, 2**20 // (h * w)))  # so few similarities stay in the cache
+    best = torch.stack([torch.cat([(block @ each).amax(dim=1) for block in blocks]) for each in places])
+    return best.view(len(places), b, h, w).movedim(0, 1)
+
+
+def scores_of(compare, supports, variants, size, masks):
+    """Image scores of all variants with these supports, and their pixel figures where masks are given."""
     scores, counted = {name: [] for name in variants}, {name: PixelCounts() for name in variants}
-    done = 0
-    for levels in encoded:
-        comparisons = method.compare(levels, bank)
+    for number in range(len(compare.encoded)):
+        comparisons, done = compare(number, supports), number * BATCH
         pooled, maps = {}, {}
         for name, (chosen, scoring) in variants.items():
             indices = tuple(range(len(comparisons)) if chosen is ALL else chosen)
@@ -252,10 +305,9 @@ def scores_of(method, encoded, bank, variants, size, masks):
                 if scoring not in pooled:
                     pooled[scoring] = level_scores(comparisons, scoring)
                 scores[name].append(geometric_mean(pooled[scoring][list(indices)]))
-            for i, mask in enumerate(masks[done : done + len(levels[0])] if masks is not None else ()):
+            for i, mask in enumerate(masks[done : done + BATCH] if masks is not None else ()):
                 if mask is not None:
                     counted[name].add(maps[indices][i].numpy(), mask)
-        done += len(levels[0])
     figures = {name: each.metrics() for name, each in counted.items()} if masks is not None else {}
     return {name: torch.cat(each).numpy() for name, each in scores.items()}, figures
 

@@ -151,17 +151,17 @@ def test_defaults_follow_the_method_and_files_lie_over_them(settings_of, tmp_pat
     file.write_text("training: {epochs: 2}", encoding="utf-8")
     other.write_text("method: {name: d24fad}\ntraining: {epochs: 2}", encoding="utf-8")
     ours, theirs = load_preset(), load_preset("d24fad")
-    assert settings_of() == ours == settings_of("--preset", DEFAULT_PRESET) == settings_of("--method.name=attention")
+    assert settings_of() == ours == settings_of("--preset", DEFAULT_PRESET) == settings_of("--method.name=matching")
     assert settings_of("--training.seed", "3") == replace(ours, training=replace(ours.training, seed=3))
     assert settings_of("--method.name", "d24fad") == theirs != ours
     for flag in (("-c", file), ("--config", file), (f"--config={file}",)):
         assert settings_of(*flag) == replace(ours, training=replace(ours.training, epochs=2))
     assert settings_of("-c", other) == replace(theirs, training=replace(theirs.training, epochs=2))
-    assert settings_of("-c", other, "--method.name=attention").scoring == ours.scoring
+    assert settings_of("-c", other, "--method.name=matching").scoring == ours.scoring
 
 
 def test_the_settings_of_a_method_choose_it(settings_of, refused, capsys):
-    ours = load_preset()
+    ours = load_preset("attention")
     for words in (("--method.attention.mirrored", "false"), ("--method.attention.mirrored=false",)):
         assert settings_of(*words) == replace(ours, method=MethodConfig("attention", AttentionSettings(mirrored=False)))
     assert settings_of("--method.pdd.mpa=false").method == MethodConfig("pdd", PDDSettings(mpa=False))
@@ -185,7 +185,7 @@ def test_former_spellings_are_accepted_with_a_line(settings_of, tmp_path, caplog
 
 
 def test_an_ablation_starts_from_what_goes_with_its_method(settings_of):
-    words = ("--preset", DEFAULT_PRESET)
+    words = ("--preset", "attention")
     assert settings_of(command=("benchmark", "ablation", "attention")) == settings_of(*words)
     assert settings_of(command=("benchmark", "ablation", "d24fad")) == load_preset("d24fad")
     named = settings_of("--out", "attention", command=("benchmark", "ablation", "pdd"))  # a word that means nothing

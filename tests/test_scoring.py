@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
-from anatomaly.scoring import anomaly_map, blur, image_score, surroundings
+from anatomaly.scoring import anomaly_map, blur, compare_tensor, geometric_mean, image_score, level_scores, surroundings
 from anatomaly.types import Comparison, Scoring
 
 
@@ -174,3 +174,54 @@ def test_a_map_that_is_not_a_number_does_not_get_a_score():
         first, second = image_score(maps, Scoring(pooling=pooling)).tolist()
         assert math.isnan(first)
         assert math.isfinite(second)
+
+
+def levels_at(*distances, side=1):
+    """Comparisons whose distances are the same at every place: unit vectors at an angle."""
+    for distance in distances:
+        cosine = 1.0 - distance
+        student, target = torch.tensor([1.0, 0.0]), torch.tensor([cosine, math.sqrt(1.0 - cosine**2)])
+        yield Comparison(*(each.view(1, 2, 1, 1).expand(1, 2, side, side) for each in (student, target)))
+
+
+def test_the_geometric_mean_counts_all_levels_alike_whatever_their_size():
+    scores = [
+        float(geometric_mean(level_scores(list(levels_at(*distances)), Scoring())))
+        for distances in ((0.1, 0.8), (0.2, 0.8), (0.1, 1.6))
+    ]
+    assert scores == pytest.approx([0.08**0.5, 0.16**0.5, 0.16**0.5], rel=1e-4)
+
+
+def test_every_level_is_pooled_alone_on_the_largest_grid():
+    student = torch.tensor([1.0, 0.0]).view(1, 2, 1, 1).expand(1, 2, 4, 5)
+    angles = torch.linspace(0.0, 1.5, 20).view(1, 4, 5)
+    fine = Comparison(student, torch.stack([angles.cos(), angles.sin()], dim=1))
+    (coarse,) = levels_at(0.3)
+    found = level_scores([coarse, fine], Scoring(pooling="topk", top_fraction=0.1))
+    highest = (1.0 - angles.flatten().cos())[-2:].mean()
+    torch.testing.assert_close(found, torch.stack([torch.tensor([0.3]), highest[None]]), rtol=1e-4, atol=1e-6)
+
+
+def test_scale_and_surroundings_play_no_part_in_the_geometric_mean():
+    plain = list(levels_at(0.1, 0.4, side=3))
+    weighted = [each._replace(scale=7.0, surround=0.9) for each in plain]
+    assert torch.equal(level_scores(plain, Scoring()), level_scores(weighted, Scoring()))
+
+
+def test_a_level_without_any_distance_leaves_a_finite_score():
+    score = float(geometric_mean(level_scores(list(levels_at(0.0, 0.5)), Scoring())))
+    assert score == pytest.approx((1e-6 * 0.5) ** 0.5, rel=1e-3)
+
+
+def test_the_scoring_says_which_score_is_taken_and_the_map_stays_the_sum():
+    class Two:
+        def compare(self, encoded, support):
+            return list(levels_at(0.1, 0.4, side=2))
+
+    found = {
+        levels: compare_tensor(Two(), [], {}, size=(8, 8), scoring=Scoring(blur=0.0, levels=levels))
+        for levels in ("sum", "geometric")
+    }
+    assert float(found["sum"].scores) == pytest.approx(0.5, rel=1e-4)
+    assert float(found["geometric"].scores) == pytest.approx(0.2, rel=1e-4)
+    assert torch.equal(found["sum"].maps, found["geometric"].maps)

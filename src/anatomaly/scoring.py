@@ -142,8 +142,8 @@ def level_scores(comparisons: Sequence[Comparison], scoring: Scoring) -> Tensor:
     Returns:
         (levels, B), float32, in [0, 2].
     """
-    grid = max((tuple(comparison.student.shape[2:]) for comparison in comparisons), key=math.prod)
-    plain = [anomaly_map([each._replace(scale=1.0, surround=0.0)], grid) for each in comparisons]
+    h, w = max((comparison.student.shape[2:] for comparison in comparisons), key=math.prod)
+    plain = [anomaly_map([each._replace(scale=1.0, surround=0.0)], (h, w)) for each in comparisons]
     return torch.stack([image_score(level, scoring) for level in plain])
 
 

@@ -55,7 +55,8 @@ class Matching(nn.Module):
     def encode(self, features: Features) -> list[Tensor]:
         """Unit-length features: the places (B, C, h, w) of all levels, then (B, C, 1, 1) of whole images."""
         first, *deeper = (level.float() for level in features["teacher"])
-        places = [F.adaptive_avg_pool2d(first, deeper[0].shape[-2:]), *deeper]
+        h, w = deeper[0].shape[-2:]
+        places = [F.adaptive_avg_pool2d(first, (h, w)), *deeper]
         wholes = [level.mean(dim=(2, 3), keepdim=True) for level in places[len(places) - self.settings.whole :]]
         return [F.normalize(level, dim=1) for level in (*places, *wholes)]
 

@@ -13,7 +13,7 @@ from anatomaly.errors import ConfigError
 from anatomaly.methods import METHODS
 
 #: What `fit` does where no method, preset or file says otherwise.
-DEFAULT_PRESET = "attention"
+DEFAULT_PRESET = "matching"
 #: What others are compared with.
 REFERENCE_PRESET = "nearest"
 #: What the demo compares; its report is that of the first.
@@ -47,7 +47,7 @@ def load_preset(name: str = DEFAULT_PRESET) -> FitConfig:
 
     Example:
         >>> load_preset().method.name, load_preset("d24fad").training.epochs
-        ('attention', 70)
+        ('matching', 70)
     """
     import yaml
 
