@@ -57,9 +57,18 @@ def in_file_order(manifest):
 # --- models ---
 
 
-@pytest.mark.parametrize("name", ["nearest", "pdd"])
-def test_sound_scores_are_those_of_evaluate_and_published_ones_those_of_the_loops(name, scans, make_detector, tmp_path):
-    detector = make_detector(name)
+@pytest.mark.parametrize(
+    ("name", "scoring"),
+    [
+        ("nearest", Scoring()),
+        ("pdd", Scoring()),
+        ("matching", Scoring(pooling="topk", top_fraction=0.05, levels="geometric")),
+    ],
+)
+def test_sound_scores_are_those_of_evaluate_and_published_ones_those_of_the_loops(
+    name, scoring, scans, make_detector, tmp_path
+):
+    detector = make_detector(name, scoring=scoring)
     runs = run_model(detector, tmp_path, scans, task=TASK, shots=2, draws=2, seed=3, batch_size=5)
     (judged,) = evaluate(detector, scans, task=TASK, shots=(2,), draws=2, seed=3, batch_size=16)
     assert list(runs.samples) == in_file_order(scans)

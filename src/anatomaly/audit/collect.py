@@ -41,13 +41,13 @@ class Collector:
         self._file = file
         self._size: tuple[int, ...] = ()
 
-    def add(self, maps: NDArray[np.float32]) -> None:
-        """Score the next maps, (b, H, W) float32.
+    def add(self, maps: NDArray[np.float32], scores: NDArray[np.float32] | None = None) -> None:
+        """Score the next maps, (b, H, W) float32; the model's own scores, (b,), where it does not pool its maps.
 
         Raises:
             OutputError: They cannot be kept.
         """
-        blurred = self._scores.add(maps)
+        blurred = self._scores.add(maps, scores)
         self._size = blurred.shape[1:]
         if self._file is not None:
             try:

@@ -191,7 +191,7 @@ class _Run:
                 if readable:
                     encoded = detector.encode(readable)
                     for index in members:
-                        collectors[index].add(self._maps(encoded, banks[index]))
+                        collectors[index].add(*self._judged(encoded, banks[index]))
         if not samples:
             raise ManifestError(
                 f"audit: none of the {len(self.tests)} test images of task {self.task!r} can be read, the first: "
@@ -199,10 +199,12 @@ class _Run:
             )
         return tuple(each.finish() for each in collectors), tuple(samples), tuple(unreadable), collectors[:kept]
 
-    def _maps(self, encoded: Sequence[Tensor], bank: SupportBank) -> NDArray[np.float32]:
-        """Unblurred maps, (b, H, W)."""
+    def _judged(
+        self, encoded: Sequence[Tensor], bank: SupportBank
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        """Unblurred maps, (b, H, W), and the scores, (b,), of a model that does not pool its maps."""
         scoring = replace(self.detector.scoring, blur=0.0)
         size = self.detector.preprocessing.size
         scored = compare_tensor(self.detector.method, encoded, bank.tensors, size=size, scoring=scoring)
         maps: NDArray[np.float32] = scored.maps.cpu().numpy()
-        return maps
+        return maps, None if scoring.levels == "sum" else scored.scores.cpu().numpy()

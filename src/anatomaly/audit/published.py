@@ -120,11 +120,12 @@ class MapScores:
         self._scores: tuple[list[float], list[float], list[float]] = ([], [], [])
         self._waiting: list[NDArray[np.float32]] = []
 
-    def add(self, maps: NDArray[np.float32]) -> NDArray[np.float32]:
+    def add(self, maps: NDArray[np.float32], scores: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         """Take the next unblurred maps.
 
         Args:
             maps: (b, H, W), float32, finite; H and W as before.
+            scores: (b,), the model's own, where they are not pooled from its maps (`Scoring.levels`).
 
         Returns:
             The maps after the releases' blur in the plane, (b, H, W), float32.
@@ -138,8 +139,10 @@ class MapScores:
             raise ValueError(f"MapScores.add: got maps of shape {maps.shape}, expected {expected} for each map.")
         raw = torch.from_numpy(np.array(maps, np.float32))
         blurred = blur(raw, self._released.blur)
-        own = blurred if self._sound.blur == self._released.blur else blur(raw, self._sound.blur)
-        alone += image_score(own, self._sound).tolist()
+        if scores is None:
+            own = blurred if self._sound.blur == self._released.blur else blur(raw, self._sound.blur)
+            scores = image_score(own, self._sound).numpy()
+        alone += scores.tolist()
         released += image_score(blurred, self._released).tolist()
         self._waiting += list(blurred.numpy())
         while len(self._waiting) >= ACROSS_BATCH:

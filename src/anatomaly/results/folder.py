@@ -212,7 +212,9 @@ def _about(detector: Detector, task: str) -> dict[str, str]:
         "Model": detector.model_hash[:12],
         "Task": task,
         "Input": f"{preprocessing.size[0]} x {preprocessing.size[1]} pixels, {preprocessing.resize}",
-        "Score": f"{pooled} of the map, Gaussian blur {scoring.blur:g} pixels",
+        "Score": f"geometric mean of the levels' {pooled}"
+        if scoring.levels == "geometric"
+        else f"{pooled} of the map, Gaussian blur {scoring.blur:g} pixels",
     }
     if {"best_epoch", "images", "tasks"} <= training.keys():
         more = f" and {training['synthetic']} drawn ones of each built-in task" if training.get("synthetic") else ""
