@@ -1,10 +1,10 @@
 """Patch attention's fixed settings chosen anew for every task by the other tasks: what the gain is worth elsewhere.
 
-    python benchmarks/nested_choice.py FOLDER runs/better [--seed 0] [--draws 3] [--teacher efficientnet_lite0]
+    python benchmarks/nested_choice.py FOLDER runs/patch_attention [--seed 0] [--draws 3] [--teacher efficientnet_lite0]
 
-FOLDER is the data of `anatomaly benchmark -c benchmarks/better.yaml`, the second its --out, whose models are read.
-Every setting is judged by its image AUROC minus that of patch nearest neighbours with the same supports; a task's own
-figures are those of the setting with the best mean over the other tasks.  Maps are made at 32 x 32.
+FOLDER is the data of `anatomaly benchmark -c benchmarks/patch_attention.yaml`, the second its --out, whose models are
+read.  Every setting is judged by its image AUROC minus that of patch nearest neighbours with the same supports; a
+task's own figures are those of the setting with the best mean over the other tasks.  Maps are made at 32 x 32.
 """
 
 import argparse

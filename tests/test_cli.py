@@ -245,7 +245,7 @@ def test_fit_wrote_a_model_and_a_finished_run_is_not_repeated(run, world, caplog
         assert run(*fit)[:2] == (
             0,
             "attention on efficientnet_lite0, 1 epoch. Patch attention: rebuilds a query from the supports' patches "
-            f"(docs/better.md).\nmodel: {world / 'model'}\n",
+            f"(docs/patch-attention.md).\nmodel: {world / 'model'}\n",
         )
     assert "finished already" in caplog.text
     assert (world / "model/weights.safetensors").stat().st_mtime_ns == before

@@ -62,7 +62,7 @@ PARTS = {
     "tau_high": 0.30,
     "low_levels": 1,
 }
-#: docs/better.md: what its tables were measured with.
+#: docs/patch-attention.md: what its tables were measured with.
 ATTENTION = {
     "teacher.name": "efficientnet_lite0",
     "teacher.normalise": True,

@@ -1,4 +1,4 @@
-"""Patch attention: a student that may see a query only through the supports' patches (docs/better.md).
+"""Patch attention: a student that may see a query only through the supports' patches (docs/patch-attention.md).
 
 The frozen teacher describes the query and the K supports.  The student re-reads both with one learned linear map per
 level and rebuilds every query patch as an attention over all patches of all supports, seen four ways; what they

@@ -99,7 +99,7 @@ class PDDSettings:
 
 @dataclass(frozen=True)
 class AttentionSettings:
-    """Parts of patch attention that can be left out, to see what each is worth (docs/better.md).
+    """Parts of patch attention that can be left out, to see what each is worth (docs/patch-attention.md).
 
     Attributes:
         mirrored: The supports' mirror images (left and right exchanged) are supports too.

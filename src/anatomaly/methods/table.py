@@ -172,7 +172,7 @@ METHODS = _Table(
     ),
     MethodRecord(
         "attention",
-        "patch attention: rebuilds a query from the supports' patches (docs/better.md)",
+        "patch attention: rebuilds a query from the supports' patches (docs/patch-attention.md)",
         "anatomaly.methods.attention:PatchAttention",
         AttentionSettings,
         few_shot=True,
