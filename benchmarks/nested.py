@@ -52,7 +52,6 @@ MAXIMUM = Scoring(blur=4.0, pooling="max")
 TOP = Scoring(blur=4.0, pooling="topk", top_fraction=0.05)
 GEOMETRIC = replace(TOP, levels="geometric")
 PIXEL_SHOTS = 4
-ALL = None
 BATCH = 16
 
 
@@ -70,31 +69,44 @@ LITE_224 = Teacher("Lite0 224 px", "efficientnet_lite0", 224)
 VIT = Teacher("ViT 224 px", "timm/vit_small_patch14_dinov2", 224, (3, 5, 6, 7))
 
 
-class Group(NamedTuple):
-    """A method on a teacher: what is computed once for all its variants.
+class Variant(NamedTuple):
+    """What the comparisons of a method count, None for what they say themselves, and how they become a score."""
 
-    Each variant is (indices of the comparisons that count, scoring).
-    """
+    weights: tuple | None
+    scoring: Scoring
+
+
+class Group(NamedTuple):
+    """A method on a teacher, computed once for all its variants."""
 
     teacher: Teacher
     method: str
     settings: object
     variants: dict
     learned: bool = False
+    seeds: int | None = None  # so many of the seeds; for what takes long
 
 
-def wholes(count):
-    """Of matching with whole images at all four levels: the places, and the `count` deepest wholes."""
-    return [0, 1, 2, 3, *range(8 - count, 8)]
+def weighing(first, count, weight, scoring=GEOMETRIC):
+    """Of matching with whole images at all four levels: places from a level on, and the `count` deepest wholes."""
+    return Variant((*(float(i >= first) for i in range(4)), *(weight * (i >= 4 - count) for i in range(4))), scoring)
 
 
-NEAREST = {"nearest, maximum": (ALL, MAXIMUM), "nearest, top 5 %": (ALL, TOP)}
+NEAREST = {"nearest, maximum": Variant(None, MAXIMUM), "nearest, top 5 %": Variant(None, TOP)}
 MATCHING = {
-    **{f"matching, whole {count}": (wholes(count), GEOMETRIC) for count in (0, 1, 2, 3, 4)},
-    **{f"matching, levels 2 to 4, whole {count}": (wholes(count)[1:], GEOMETRIC) for count in (0, 1, 2)},
+    "matching, places alone": weighing(0, 0, 0.0),
+    "matching, levels 2 to 4, places alone": weighing(1, 0, 0.0),
+    **{
+        f"matching, {text}{count} wholes x {weight}": weighing(first, count, weight)
+        for first, text in ((0, ""), (1, "levels 2 to 4, "))
+        for count in (1, 2)
+        for weight in (0.1, 0.25, 0.5, 1.0)
+    },
+    "matching, 4 wholes x 0.25": weighing(0, 4, 0.25),
 }
-SUMMED = {"matching, whole 2, levels summed": (wholes(2), TOP)}
-ATTENTION = {"patch attention": (ALL, TOP), "patch attention, geometric": (ALL, GEOMETRIC)}
+SUMMED = {"matching, levels summed, 2 wholes x 0.25": weighing(0, 2, 0.25, TOP)}
+#: Maps of the others differ little from these.
+OUTLINED = ("matching, places alone", "matching, 2 wholes x 0.25", "matching, 2 wholes x 1.0")
 PLAIN = AttentionSettings(surroundings=False, deepest=1.0)
 
 GROUPS = {
@@ -103,15 +115,20 @@ GROUPS = {
     "matching_lite0_224": Group(LITE_224, "matching", MatchingSettings(whole=4), MATCHING),
     "matching_vit": Group(VIT, "matching", MatchingSettings(whole=4), MATCHING),
     "nearest_vit": Group(VIT, "nearest", None, NEAREST),
-    "nearest_lite0_224": Group(LITE_224, "nearest", None, NEAREST),
+    "nearest_lite0_224": Group(LITE_224, "nearest", None, NEAREST, seeds=1),
+    "attention": Group(
+        LITE_128, "attention", AttentionSettings(), {"patch attention": Variant(None, TOP)}, learned=True
+    ),
     "attention_plain": Group(
         LITE_128,
         "attention",
         PLAIN,
-        {f"{name}, no surroundings": variant for name, variant in ATTENTION.items()},
+        {
+            "patch attention, no surroundings": Variant(None, TOP),
+            "patch attention, no surroundings, geometric": Variant(None, GEOMETRIC),
+        },
         learned=True,
     ),
-    "attention": Group(LITE_128, "attention", AttentionSettings(), {"patch attention": (ALL, TOP)}, learned=True),
 }
 REFERENCE = ("nearest_lite0_128", "nearest, maximum")
 
@@ -201,38 +218,34 @@ def judge(args, group, manifest, task, file):
     rows = tests_of(args, manifest, task)
     images = pixels(rows, preprocessing)
     masks = [mask_of(row, preprocessing) for row in rows]
-    scores = {name: [] for name in group.variants}
-    counts = {name: [] for name in group.variants}
-    seeds = args.learned_seeds if group.learned else args.seeds
+    seeds = (args.learned_seeds if group.learned else args.seeds)[: group.seeds]
     draws = {
         seed: draw_supports(manifest, task=task, shots=max(args.shots), draws=args.draws, seed=seed) for seed in seeds
     }
-    kinds = Learned if group.learned else Matched
-    compare = None
+    found, compare = [], None
     for seed in seeds:
         if compare is None or group.learned:
             method = method_of(args, group, manifest, task, seed)
-            shown = [row for each in (seeds if not group.learned else [seed]) for draw in draws[each] for row in draw]
+            shown = [row for each in ([seed] if group.learned else seeds) for draw in draws[each] for row in draw]
             encoded = [encode_tensor(method, batch) for batch in images.split(BATCH)]
-            compare = kinds(method, encoded, list(dict.fromkeys(shown)), preprocessing)
+            compare = (Learned if group.learned else Matched)(
+                method, encoded, list(dict.fromkeys(shown)), preprocessing
+            )
         for draw in draws[seed]:
             for shots in args.shots:
                 pixelwise = shots == PIXEL_SHOTS and seed == seeds[0] and any(row.mask is not None for row in rows)
-                some, counted = scores_of(compare, draw[:shots], group.variants, size, masks if pixelwise else None)
-                for name in group.variants:
-                    scores[name].append(some[name])
-                    counts[name] += [counted[name]] if pixelwise else []
-    figures = {
-        f"pixels {name}": np.array([(c["pixel_auroc"], c["aupro"]) for c in each]).mean(axis=0)
-        for name, each in counts.items()
-        if each
-    }
+                found.append(scores_of(compare, draw[:shots], group.variants, size, masks if pixelwise else None))
+    stored = {}
+    for name in found[0]:
+        each = np.stack([one[name] for one in found])
+        stored[name] = each.reshape(-1, len(args.shots), *each.shape[1:])
+    for name in {name for one in found for name in one if name.startswith("pixels")}:
+        stored[name] = np.mean([one[name] for one in found if name in one], axis=0)
     labels = np.array([row.label for row in rows])
     patients = np.array([row.patient_id or f"image {i}" for i, row in enumerate(rows)])
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.with_suffix(".part").open("wb") as stream:
-        stacked = {name: np.stack(each).reshape(-1, len(args.shots), len(rows)) for name, each in scores.items()}
-        np.savez(stream, **stacked, **figures, labels=labels, patients=patients)
+        np.savez(stream, **stored, labels=labels, patients=patients)
     file.with_suffix(".part").rename(file)
 
 
@@ -290,26 +303,43 @@ def similarities(queries, supports):
 
 
 def scores_of(compare, supports, variants, size, masks):
-    """Image scores of all variants with these supports, and their pixel figures where masks are given."""
-    scores, counted = {name: [] for name in variants}, {name: PixelCounts() for name in variants}
+    """With these supports: scores (N,) of the variants that sum, "levels" (L, N) for all others, "pixels ..."."""
+    summed = [name for name, variant in variants.items() if variant.scoring.levels == "sum"]
+    drawn = [name for name in variants if name in summed or name in OUTLINED] if masks is not None else summed
+    found = {name: [] for name in ("levels", *summed)}
+    counted = {name: PixelCounts() for name in drawn}
     for number in range(len(compare.encoded)):
-        comparisons, done = compare(number, supports), number * BATCH
-        pooled, maps = {}, {}
-        for name, (chosen, scoring) in variants.items():
-            indices = tuple(range(len(comparisons)) if chosen is ALL else chosen)
-            if (masks is not None or scoring.levels == "sum") and indices not in maps:
-                maps[indices] = blur(anomaly_map([comparisons[i] for i in indices], size), scoring.blur)
-            if scoring.levels == "sum":
-                scores[name].append(image_score(maps[indices], scoring))
-            else:
-                if scoring not in pooled:
-                    pooled[scoring] = level_scores(comparisons, scoring)
-                scores[name].append(geometric_mean(pooled[scoring][list(indices)]))
-            for i, mask in enumerate(masks[done : done + BATCH] if masks is not None else ()):
+        comparisons = compare(number, supports)
+        found["levels"].append(level_scores(comparisons, GEOMETRIC))
+        maps = {}
+        for name in drawn:
+            weights, scoring = variants[name]
+            if (weights, scoring.blur) not in maps:
+                weighed = comparisons
+                if weights is not None:
+                    pairs = zip(comparisons, weights, strict=True)
+                    weighed = [each._replace(scale=weight) for each, weight in pairs if weight]
+                maps[weights, scoring.blur] = blur(anomaly_map(weighed, size), scoring.blur)
+            some = maps[weights, scoring.blur]
+            if name in summed:
+                found[name].append(image_score(some, scoring))
+            for one, mask in zip(some, masks[number * BATCH :] if masks is not None else (), strict=False):
                 if mask is not None:
-                    counted[name].add(maps[indices][i].numpy(), mask)
-    figures = {name: each.metrics() for name, each in counted.items()} if masks is not None else {}
-    return {name: torch.cat(each).numpy() for name, each in scores.items()}, figures
+                    counted[name].add(one.numpy(), mask)
+    scores = {name: torch.cat(each, dim=-1).numpy() for name, each in found.items()}
+    if masks is not None:
+        figures = {name: each.metrics() for name, each in counted.items()}
+        scores |= {f"pixels {name}": np.array([one["pixel_auroc"], one["aupro"]]) for name, one in figures.items()}
+    return scores
+
+
+def scores_in(file, name, variant):
+    """(draws, shots, N) of a stored file."""
+    if variant.scoring.levels == "sum":
+        return file[name]
+    levels = torch.from_numpy(file["levels"]).movedim(2, 0)
+    weights = variant.weights or (1.0,) * len(levels)
+    return geometric_mean(levels.flatten(1), weights).view(levels.shape[1:]).numpy()
 
 
 def pixels(rows, preprocessing):
@@ -328,100 +358,85 @@ def mask_of(row, preprocessing):
 def tables(args, groups, sets):
     """Print every variant, the nested choice, the tests against both references and the pixels."""
     tasks, aside = list(sets[0].tasks), [task for each in sets[1:] for task in each.tasks]
+    files = {name: {task: np.load(args.out / name / f"{task}.npz") for task in (*tasks, *aside)} for name in groups}
+    keys = [(name, variant) for name, group in groups.items() for variant in group.variants]
     found = {}
-    for name, group in groups.items():
-        files = {task: np.load(args.out / name / f"{task}.npz") for task in (*tasks, *aside)}
-        for variant in group.variants:
-            found[name, variant] = {task: (file, variant) for task, file in files.items()}
-    figures = {key: np.array([aurocs(*each[task]) for task in tasks]) for key, each in found.items()}
+    for name, variant in keys:
+        for task, file in files[name].items():
+            found[name, variant, task] = scores_in(file, variant, groups[name].variants[variant])
+    labels = {task: file["labels"] for task, file in files[REFERENCE[0]].items()}
+    patients = {task: list(file["patients"]) for task, file in files[REFERENCE[0]].items()}
+    figures = {key: np.array([aurocs(found[(*key, task)], labels[task]) for task in tasks]) for key in keys}
     at = args.shots.index(PIXEL_SHOTS)
     print(f"\nImage AUROC at K = {PIXEL_SHOTS}, mean over draws and seeds; last columns: mean over tasks by K\n")
     head([*tasks, *(f"K = {shots}" for shots in args.shots)])
     for key, each in sorted(figures.items(), key=lambda item: -item[1].mean()):
         line(title(groups, key), [*each[:, at], *each.mean(axis=0)])
-    for name, allowed in (
-        ("installed teachers", [key for key in figures if groups[key[0]].teacher != VIT]),
-        ("all", list(figures)),
-    ):
-        nested(groups, {key: figures[key] for key in allowed}, found, tasks, args, name)
+    installed = [key for key in keys if groups[key[0]].teacher != VIT]
+    for name, allowed in (("installed teachers", installed), ("all teachers", keys)):
+        chosen = nested({key: figures[key] for key in allowed}, groups, tasks, args, name)
+        plain = {group.teacher: each for each, group in groups.items() if group.method == "nearest"}
+        own = {task: (plain[groups[key[0]].teacher], REFERENCE[1]) for task, key in chosen.items()}
+        for text, references in (("(a) nearest, maximum, Lite0 128 px", None), ("(b) the same teacher and size", own)):
+            print(f"\nNested choice against {text}: difference (95 % interval); * p < 0.05, Holm over tasks\n")
+            pairs = {
+                task: (found[(*key, task)], found[(*(references[task] if references else REFERENCE), task)])
+                for task, key in chosen.items()
+            }
+            differences(pairs, labels, patients, args.shots)
     if aside:
         print(f"\nAside, K = {PIXEL_SHOTS}\n")
         head([*aside, "mean"])
-        for key, each in found.items():
-            values = [aurocs(*each[task])[at] for task in aside]
+        for key in keys:
+            values = [aurocs(found[(*key, task)], labels[task])[at] for task in aside]
             line(title(groups, key), [*values, np.mean(values)])
-    print(f"\nPixels, K = {PIXEL_SHOTS}, first seed: pixel AUROC / AUPRO\n")
-    outlined = [task for task in (*tasks, *aside) if f"pixels {REFERENCE[1]}" in found[REFERENCE][task][0]]
+    outlined = [task for task in (*tasks, *aside) if f"pixels {REFERENCE[1]}" in files[REFERENCE[0]][task]]
+    print(f"\nPixel AUROC / AUPRO, K = {PIXEL_SHOTS}, first seed\n")
     head(outlined)
-    for key, each in found.items():
-        print(f"| {title(groups, key)} | " + " | ".join(both(*each[task]) for task in outlined) + " |")
+    for key in keys:
+        cells = [files[key[0]][task].get(f"pixels {key[1]}") for task in outlined]
+        if all(cell is not None for cell in cells):
+            print(f"| {title(groups, key)} | " + " | ".join(f"{cell[0]:.3f} / {cell[1]:.3f}" for cell in cells) + " |")
 
 
-def aurocs(file, variant):
+def aurocs(scores, labels):
     """Mean AUROC over draws, by K."""
-    scores, labels = file[variant], file["labels"]
     return np.array([[auroc(one, labels) for one in draw] for draw in scores]).mean(axis=0)
 
 
-def both(file, variant):
-    pixel_auroc, aupro = file[f"pixels {variant}"]
-    return f"{pixel_auroc:.3f} / {aupro:.3f}"
-
-
-def nested(groups, figures, found, tasks, args, name):
-    """For each task what is best on the others, and what that is worth on it."""
-    keys = list(figures)
-    all_of = np.stack([figures[key] for key in keys])  # variants, tasks, K
-    chosen = []
-    for i in range(len(tasks)):
-        others = np.delete(all_of, i, axis=1).mean(axis=(1, 2))
-        chosen.append(keys[int(others.argmax())])
-    own = np.array([figures[key][i] for i, key in enumerate(chosen)])
+def nested(figures, groups, tasks, args, name):
+    """For each task what is best on the others: {task: key}; prints what that is worth on it."""
+    keys, every = list(figures), np.stack(list(figures.values()))  # variants, tasks, K
     print(f"\nNested choice among {len(keys)} variants, {name}\n")
     head(["chosen on the others", *(f"K = {shots}" for shots in args.shots)])
-    for task, key, row in zip(tasks, chosen, own, strict=True):
-        print(f"| {task} | {title(groups, key)} | " + " | ".join(f"{value:.3f}" for value in row) + " |")
-    print("| mean | | " + " | ".join(f"{value:.3f}" for value in own.mean(axis=0)) + " |")
-    for text, reference_of in (
-        ("(a) nearest neighbours, Lite0 at 128 px", lambda key: REFERENCE),
-        ("(b) the same teacher and size", plain_of(groups)),
-    ):
-        print(f"\nAgainst {text}: difference (95 % interval), Holm over tasks\n")
-        head([f"K = {shots}" for shots in args.shots])
-        cells = []
-        for column in range(len(args.shots)):
-            tests = [
-                difference(found[key][task], found[reference_of(key)][task], column)
-                for task, key in zip(tasks, chosen, strict=True)
-            ]
-            adjusted = holm([test.p for test in tests])
-            error = np.sqrt(sum(((test.high - test.low) / 3.92) ** 2 for test in tests)) / len(tests)
-            mean = np.mean([test.difference for test in tests])
-            cells.append(
-                [
-                    *(
-                        f"{t.difference:+.3f} ({t.low:+.3f} to {t.high:+.3f}){' *' if p < 0.05 else ''}"
-                        for t, p in zip(tests, adjusted, strict=True)
-                    ),
-                    f"{mean:+.3f} ({mean - 1.96 * error:+.3f} to {mean + 1.96 * error:+.3f})",
-                ]
-            )
-        for task, row in zip([*tasks, "mean"], zip(*cells, strict=True), strict=True):
-            print(f"| {task} | " + " | ".join(row) + " |")
+    chosen, own = {}, []
+    for i, task in enumerate(tasks):
+        best = int(np.delete(every, i, axis=1).mean(axis=(1, 2)).argmax())
+        chosen[task] = keys[best]
+        own.append(every[best, i])
+        print(f"| {task} | {title(groups, keys[best])} | " + " | ".join(f"{value:.3f}" for value in own[-1]) + " |")
+    print("| mean | | " + " | ".join(f"{value:.3f}" for value in np.mean(own, axis=0)) + " |")
+    return chosen
 
 
-def plain_of(groups):
-    """Which variant is plain patch nearest neighbours with the same teacher and size."""
-    names = {group.teacher: name for name, group in groups.items() if group.method == "nearest"}
-    return lambda key: (names[groups[key[0]].teacher], REFERENCE[1])
-
-
-def difference(ours, theirs, column):
-    """Paired over images, clustered by patient, over all draws."""
-    (file, variant), (other, reference) = ours, theirs
-    return compare_auroc(
-        file[variant][:, column], other[reference][:, column], file["labels"], groups=list(file["patients"])
-    )
+def differences(pairs, labels, patients, shots):
+    """Paired over images, clustered by patient, over the draws that both have."""
+    head([f"K = {each}" for each in shots])
+    columns = []
+    for at in range(len(shots)):
+        tests = []
+        for task, (ours, theirs) in pairs.items():
+            draws = min(len(ours), len(theirs))
+            tests.append(compare_auroc(ours[:draws, at], theirs[:draws, at], labels[task], groups=patients[task]))
+        cells = [
+            f"{test.difference:+.3f} ({test.low:+.3f} to {test.high:+.3f}){' *' if p < 0.05 else ''}"
+            for test, p in zip(tests, holm([test.p for test in tests]), strict=True)
+        ]
+        mean = np.mean([test.difference for test in tests])
+        error = np.sqrt(sum((test.high - test.low) ** 2 for test in tests)) / (2 * len(tests))
+        columns.append([*cells, f"{mean:+.3f} ({mean - error:+.3f} to {mean + error:+.3f})"])
+    for task, row in zip([*pairs, "mean"], zip(*columns, strict=True), strict=True):
+        print(f"| {task} | " + " | ".join(row) + " |")
 
 
 def title(groups, key):

@@ -23,7 +23,13 @@ from anatomaly.cli import COMMANDS, main
 from anatomaly.evaluation.metrics import bootstrap
 from anatomaly.types import Intensity
 
-TINY = ("--teacher.weights=random", "--preprocessing.size=[64,64]", "--training.shots=1", "--training.batch_size=2")
+TINY = (
+    "--preset=attention",
+    "--teacher.weights=random",
+    "--preprocessing.size=[64,64]",
+    "--training.shots=1",
+    "--training.batch_size=2",
+)
 
 
 class Answer(NamedTuple):
@@ -300,7 +306,7 @@ def test_flags_after_a_file_win_and_the_printed_settings_give_the_same_again(run
     assert (first["training"]["epochs"], first["training"]["seed"], first["training"]["shots"]) == (0, 3, 1)
     assert first["preprocessing"]["size"] == [64, 96]
     assert first["preprocessing"]["intensity"] == {"rule": "range", "low": 0.0, "high": 200.0}
-    assert first["scoring"] == {"blur": 2.0, "pooling": "mean", "top_fraction": 0.05}, (
+    assert first["scoring"] == {"blur": 2.0, "pooling": "mean", "top_fraction": 0.05, "levels": "geometric"}, (
         "the rest is the default preset's"
     )
 
@@ -603,9 +609,9 @@ def test_the_demo_runs_from_images_to_report_once(run, refused, tmp_path, monkey
     code, out, _ = run("demo", "--out", tmp_path / "demo")
     assert code == 0
     assert out.endswith(f"Report: {tmp_path / 'demo/report.html'}\n")
-    assert all(name in out for name in ("d24fad", "attention", "nearest"))
+    assert all(name in out for name in ("d24fad", "matching", "nearest"))
     assert "A task nobody trained on" in (tmp_path / "demo/report.html").read_text()
-    for model in ("d24fad", "attention"):
+    for model in ("d24fad", "matching"):
         config = json.loads((tmp_path / f"demo/models/{model}/config.json").read_text())
         assert "head_ct" not in config["training"]["tasks"]
     assert "report.html: already exists" in refused("demo", "--out", tmp_path / "demo")

@@ -186,7 +186,7 @@ def levels_at(*distances, side=1):
 
 def test_the_geometric_mean_counts_all_levels_alike_whatever_their_size():
     scores = [
-        float(geometric_mean(level_scores(list(levels_at(*distances)), Scoring())))
+        float(geometric_mean(level_scores(list(levels_at(*distances)), Scoring()), [1.0, 1.0]))
         for distances in ((0.1, 0.8), (0.2, 0.8), (0.1, 1.6))
     ]
     assert scores == pytest.approx([0.08**0.5, 0.16**0.5, 0.16**0.5], rel=1e-4)
@@ -202,26 +202,32 @@ def test_every_level_is_pooled_alone_on_the_largest_grid():
     torch.testing.assert_close(found, torch.stack([torch.tensor([0.3]), highest[None]]), rtol=1e-4, atol=1e-6)
 
 
-def test_scale_and_surroundings_play_no_part_in_the_geometric_mean():
+def test_levels_are_pooled_without_scale_and_surroundings():
     plain = list(levels_at(0.1, 0.4, side=3))
     weighted = [each._replace(scale=7.0, surround=0.9) for each in plain]
     assert torch.equal(level_scores(plain, Scoring()), level_scores(weighted, Scoring()))
 
 
+@pytest.mark.parametrize(("weights", "expected"), [((1, 1), 0.2), ((3, 1), 0.1**0.75 * 0.4**0.25), ((0, 5), 0.4)])
+def test_a_level_counts_in_the_geometric_mean_as_its_weight_says(weights, expected):
+    levels = torch.tensor([[0.1, 0.1], [0.4, 0.4]])
+    torch.testing.assert_close(geometric_mean(levels, weights), torch.full((2,), expected))
+
+
 def test_a_level_without_any_distance_leaves_a_finite_score():
-    score = float(geometric_mean(level_scores(list(levels_at(0.0, 0.5)), Scoring())))
+    score = float(geometric_mean(level_scores(list(levels_at(0.0, 0.5)), Scoring()), [1.0, 1.0]))
     assert score == pytest.approx((1e-6 * 0.5) ** 0.5, rel=1e-3)
 
 
 def test_the_scoring_says_which_score_is_taken_and_the_map_stays_the_sum():
     class Two:
         def compare(self, encoded, support):
-            return list(levels_at(0.1, 0.4, side=2))
+            return [each._replace(scale=2.0) for each in levels_at(0.1, 0.4, side=2)]
 
     found = {
         levels: compare_tensor(Two(), [], {}, size=(8, 8), scoring=Scoring(blur=0.0, levels=levels))
         for levels in ("sum", "geometric")
     }
-    assert float(found["sum"].scores) == pytest.approx(0.5, rel=1e-4)
+    assert float(found["sum"].scores) == pytest.approx(1.0, rel=1e-4)
     assert float(found["geometric"].scores) == pytest.approx(0.2, rel=1e-4)
     assert torch.equal(found["sum"].maps, found["geometric"].maps)

@@ -133,7 +133,7 @@ _SMALLEST = 1e-6
 
 
 def level_scores(comparisons: Sequence[Comparison], scoring: Scoring) -> Tensor:
-    """Pool each level's distances alone; `Comparison.scale` and `surround` play no part, and there is no blur.
+    """Pool each level's distances alone, whatever their scale; there is no blur, and surroundings play no part.
 
     Args:
         comparisons: As in `anomaly_map`; the largest grid among them is that of all.
@@ -147,20 +147,22 @@ def level_scores(comparisons: Sequence[Comparison], scoring: Scoring) -> Tensor:
     return torch.stack([image_score(level, scoring) for level in plain])
 
 
-def geometric_mean(levels: Tensor) -> Tensor:
-    """What `level_scores` returned as one score an image: all levels count alike, whatever their size or spread.
+def geometric_mean(levels: Tensor, weights: Sequence[float]) -> Tensor:
+    """What `level_scores` returned as one score an image: a level counts as its weight says, not as it is large.
 
     Args:
         levels: (levels, B), float32.
+        weights: What each level counts, at least 0, not all 0: `Comparison.scale`.
 
     Returns:
         (B,), float32, at least 1e-6.
 
     Example:
-        >>> geometric_mean(torch.tensor([[0.1], [0.4]]))
+        >>> geometric_mean(torch.tensor([[0.1], [0.4]]), [1.0, 1.0])
         tensor([0.2000])
     """
-    return levels.clamp_min(_SMALLEST).log().mean(dim=0).exp()
+    shares = levels.new_tensor(weights) / sum(weights)
+    return (shares @ levels.clamp_min(_SMALLEST).log()).exp()
 
 
 #: Pixels of a map that a colour scale is made from.
@@ -259,8 +261,10 @@ def compare_tensor(
     with torch.inference_mode():
         comparisons = method.compare(encoded, support)
         maps = blur(anomaly_map(comparisons, size), scoring.blur)
-        geometric = scoring.levels == "geometric"
-        scores = geometric_mean(level_scores(comparisons, scoring)) if geometric else image_score(maps, scoring)
+        if scoring.levels == "sum":
+            scores = image_score(maps, scoring)
+        else:
+            scores = geometric_mean(level_scores(comparisons, scoring), [each.scale for each in comparisons])
         return Scored(maps, scores, _weights(comparisons))
 
 

@@ -128,8 +128,8 @@ class Scoring:
         blur: Standard deviation of the per-image Gaussian in input pixels, at most the map's diagonal; 0: none.
         pooling: "max" (D24FAD's release), "mean" (its paper), or "topk", the mean of the highest `top_fraction`.
         top_fraction: Share of the pixels that "topk" averages, in (0, 1].
-        levels: "sum" pools the map, the levels' sum; "geometric" pools every level alone and takes the geometric mean,
-            so that no level outweighs the others by being larger or spread wider.
+        levels: "sum" pools the map, the levels' sum; "geometric" pools every level alone and takes their geometric
+            mean, in which no level counts more for being larger.
     """
 
     blur: float = 4.0
@@ -149,7 +149,7 @@ class Comparison(NamedTuple):
         student: (B, C, h, w).
         target: (B, C, h, w).
         weights: (B, K) share of every support image in `target`, rows sum to 1, or None.
-        scale: What the level counts in the map.
+        scale: What the level counts in the map, and in a geometric mean of levels; at least 0.
         surround: Share of a place's surroundings that is subtracted from its distance, from 0 to 1: an image that is
             unlike the supports all over is no lesion.
     """

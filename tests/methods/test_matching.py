@@ -46,6 +46,7 @@ def test_every_place_meets_its_nearest(model, shots):
             torch.testing.assert_close(found, cosines, rtol=1e-4, atol=1e-5)
             share = torch.bincount(owners, minlength=shots) / owners.numel()
             torch.testing.assert_close(comparison.weights[b], share)
+            assert comparison.scale == 1.0
 
 
 def test_whole_images_meet_the_best_mixture(model):
@@ -61,7 +62,7 @@ def test_whole_images_meet_the_best_mixture(model):
         shares = torch.linalg.lstsq(rows, wanted).solution
         torch.testing.assert_close(comparison.target[:, :, 0, 0], (shown.T @ shares).T, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(comparison.student[:, :, 0, 0], asked)
-        assert comparison.weights is None
+        assert (comparison.weights, comparison.scale) == (None, 0.25)
 
 
 def test_a_mixture_of_supports_is_normal_as_a_whole(model):

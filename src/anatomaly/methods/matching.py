@@ -36,7 +36,7 @@ class Matching(nn.Module):
 
     Args:
         teacher: Frozen backbone with four levels.  The first is averaged to the grid of the second.
-        settings: At how many levels whole images count.
+        settings: At how many levels whole images count, and how much.
     """
 
     needs_support = True
@@ -86,8 +86,10 @@ class Matching(nn.Module):
                     f"Matching.compare: level {i + 1} of the query is {tuple(level.shape)}, the support bank holds "
                     f"{tuple(bank.shape)}; C, h and w must match. Make the bank anew with this model and size."
                 )
-            whole = i >= len(encoded) - self.settings.whole
-            comparisons.append(_mixed(level.float(), bank) if whole else _matched(level.float(), bank))
+            if i < len(encoded) - self.settings.whole:
+                comparisons.append(_matched(level.float(), bank))
+            else:
+                comparisons.append(_mixed(level.float(), bank)._replace(scale=self.settings.whole_weight))
         return comparisons
 
     def training_loss(self, query: Features, support: Features) -> dict[str, Tensor]:

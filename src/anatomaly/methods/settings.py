@@ -16,17 +16,21 @@ class NearestSettings:
 
 @dataclass(frozen=True)
 class MatchingSettings:
-    """The one choice of matching.
+    """What whole images count in matching.
 
     Attributes:
         whole: Number of levels, the deepest ones, at which whole images are compared as well; 0 compares places alone.
+        whole_weight: What such a level counts, where one of places counts 1.
     """
 
     whole: int = 2
+    whole_weight: float = 0.25
 
     def __post_init__(self) -> None:
         """Refuse values out of range with a ConfigError."""
         check("method.matching.whole", self.whole, self.whole in (0, 1, 2, 3, 4), "0 to 4")
+        weight = self.whole_weight
+        check("method.matching.whole_weight", weight, 0 <= weight <= 1e6, "0 to a million")
 
 
 @dataclass(frozen=True)

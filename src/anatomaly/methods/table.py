@@ -161,16 +161,6 @@ def _loaded(entry: EntryPoint) -> MethodRecord:
 #: The methods by name.  Looking up a name nobody knows is a `ConfigError`.
 METHODS = _Table(
     MethodRecord(
-        "matching",
-        "matches a query with the supports place by place and as a whole (docs/matching.md)",
-        "anatomaly.methods.matching:Matching",
-        MatchingSettings,
-        few_shot=True,
-        one_class=True,
-        learns_from="",
-        conservative_leave_one_out=True,
-    ),
-    MethodRecord(
         "attention",
         "patch attention: rebuilds a query from the supports' patches (docs/patch-attention.md)",
         "anatomaly.methods.attention:PatchAttention",
@@ -208,6 +198,16 @@ METHODS = _Table(
         "patch nearest neighbours of the teacher's features",
         "anatomaly.methods.nearest:PatchNearestNeighbours",
         NearestSettings,
+        few_shot=True,
+        one_class=True,
+        learns_from="",
+        conservative_leave_one_out=True,
+    ),
+    MethodRecord(
+        "matching",
+        "matches a query with the supports place by place and as a whole (docs/matching.md)",
+        "anatomaly.methods.matching:Matching",
+        MatchingSettings,
         few_shot=True,
         one_class=True,
         learns_from="",
