@@ -73,7 +73,13 @@ def test_parts_of_attention_out_of_range_are_refused_by_name(name, values):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("distance", "l2"), ("softmax_scale", ""), ("tsd_weight", math.nan), ("learn_to_weight", 1)],
+    [
+        ("distance", "l2"),
+        ("softmax_scale", ""),
+        ("tsd_weight", math.nan),
+        ("learn_to_weight", 1),
+        ("detach_supports", 0),
+    ],
 )
 def test_method_settings_are_checked(name, value):
     with pytest.raises(ConfigError, match=rf"^method\.d24fad\.{name}: got {value}, expected "):
@@ -172,6 +178,9 @@ def test_a_recorded_run_gets_the_settings_that_came_later():
     defaults = TrainingConfig()
     assert {name: getattr(defaults, name) for name in later} == later, "today's defaults do what those runs did"
     assert with_later_settings({}) == {}
+    before = {"name": "d24fad", "d24fad": {"tsd_weight": 0.2}}  # older than learn_to_weight and detach_supports
+    now = MethodConfig("d24fad", D24FADSettings(tsd_weight=0.2, learn_to_weight=True, detach_supports=False))
+    assert with_later_settings({"method": before})["method"] == now.as_dict()
     former = {"name": "attention", "distance": "flattened", "attention": {"mirrored": False}, "pdd": {"mpa": True}}
     own = MethodConfig("attention", AttentionSettings(mirrored=False))
     assert with_later_settings({"method": former}) == with_later_settings({"method": own.as_dict()})

@@ -207,6 +207,22 @@ def test_both_branches_of_the_student_and_phi_are_trained_by_ssd():
     assert all(bool(projection.weight.grad.any()) for projection in model.l2w.projections)
 
 
+def test_detached_supports_give_the_same_loss_and_no_gradient():
+    losses, gradients = [], []
+    for detach in (False, True):
+        model = method(tsd_weight=0.0, detach_supports=detach)
+        query, support = features(2, seed=1), features(2, 3, seed=2)
+        bottlenecks = query["teacher"][-1].requires_grad_(), support["teacher"][-1].requires_grad_()
+        losses.append(model.training_loss(query, support))
+        losses[-1]["total"].backward()
+        assert all(bool(projection.weight.grad.any()) for projection in model.l2w.projections)
+        gradients.append([each.grad is not None and bool(each.grad.any()) for each in bottlenecks])
+    assert gradients == [[True, True], [True, False]]
+    assert all(torch.equal(losses[0][name], losses[1][name]) for name in ("total", "ssd", "tsd"))
+    with torch.no_grad():
+        assert not method().training_loss(query, support)["total"].requires_grad, "the caller's no_grad is kept"
+
+
 def test_phis_bias_cancels():
     model = method(softmax_scale="elements").double()  # a softmax that is not one-hot has gradients to speak of
     query, support = ({"teacher": [f.double() for f in features(*b, seed=3)["teacher"]]} for b in ((2,), (2, 3)))

@@ -125,11 +125,13 @@ def model_hash(facts: ModelFacts, method: Method) -> str:
     """Digest of everything a bank's tensors depend on besides its images: weights, teachers' scaling, choices.
 
     The first bundles spelled the settings of one method beside those of every other.  They are still digested like
-    that, so that their banks and calibrations keep fitting.
+    that, so that their banks and calibrations keep fitting.  `detach_supports` came later and is left out: it says how
+    the weights were trained and changes nothing that they compute.
     """
     name, own = facts.name, asdict(facts.method.settings)
     plain = isinstance(facts.method.settings, D24FADSettings)
     choices = {"name": name, **(own if plain else asdict(D24FADSettings()))}
+    del choices["detach_supports"]
     if own and not plain:
         choices[name] = own
     teachers: Sequence[Any] = list(method.teachers.values())

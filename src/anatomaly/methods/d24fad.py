@@ -155,7 +155,7 @@ class D24FAD(nn.Module):
 
         Returns:
             Scalars "total", "ssd" and "tsd" ("total" is "tsd" without self-distillation).  Gradients flow through both
-            student branches and phi.
+            student branches and phi; with `detach_supports` through the query's branch and phi.
 
         Note: as in the release, BatchNorm sees the query batch and each of the K support batches separately.
         """
@@ -165,7 +165,8 @@ class D24FAD(nn.Module):
             tsd = torch.stack([distance(student, teacher, self.settings.distance) for student, teacher in pairs]).sum()
             return {"total": tsd, "tsd": tsd}
         bottlenecks = support["teacher"][-1]
-        shots = [self.student(bottlenecks[:, k]) for k in range(bottlenecks.shape[1])]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.settings.detach_supports):
+            shots = [self.student(bottlenecks[:, k]) for k in range(bottlenecks.shape[1])]
         ssd = encoded[0].new_zeros((), dtype=torch.float32)
         tsd = torch.zeros_like(ssd)
         for level, student in enumerate(encoded):

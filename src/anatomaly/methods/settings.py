@@ -43,6 +43,8 @@ class D24FADSettings:
         tsd_weight: Weight of the teacher-student loss; the paper's lambda, 0.1.
         self_distillation: False trains and scores against the teacher alone (an ablation).
         learn_to_weight: False gives all supports the same weight (an ablation).
+        detach_supports: True takes the supports' student features as they are (stop-gradient): self-distillation then
+            moves the query towards them, not them towards the query.
     """
 
     distance: Literal["flattened", "positionwise"] = "flattened"
@@ -50,6 +52,7 @@ class D24FADSettings:
     tsd_weight: float = 0.1
     self_distillation: bool = True
     learn_to_weight: bool = True
+    detach_supports: bool = False
 
     def __post_init__(self) -> None:
         """Refuse values out of range with a ConfigError."""
