@@ -165,13 +165,15 @@ def test_an_unknown_rule_is_refused():
 
 
 def test_a_recorded_run_gets_the_settings_that_came_later():
-    recorded = {"data": "abc", "training": {"epochs": 3}, "teacher": {"name": "a"}}
+    recorded = {"data": "abc", "training": {"epochs": 3}, "teacher": {"name": "a"}, "scoring": {"blur": 4.0}}
     later = {"keep_checkpoints": False, "synthetic": 0}
     assert with_later_settings(recorded) == {
         **recorded,
         "training": {**later, "epochs": 3},
         "teacher": {"blocks": None, "name": "a"},
+        "scoring": {"levels": "sum", "blur": 4.0},
     }
+    assert Scoring().levels == "sum"
     assert recorded["training"] == {"epochs": 3}, "the record itself is left alone"
     for known in ({"keep_checkpoints": True}, {"synthetic": 50}):
         assert with_later_settings({"training": known}) == {"training": {**later, **known}}

@@ -207,12 +207,13 @@ def with_later_settings(recorded: Mapping[str, Any]) -> dict[str, Any]:
         A copy with the settings it lacks; a setting whose default changed what a run does is never filled in.
     """
     later = {"keep_checkpoints": False, "synthetic": 0}
-    training, method = recorded.get("training"), recorded.get("method")
+    training, method, scoring = (recorded.get(group) for group in ("training", "method", "scoring"))
     teachers = {role: recorded.get(role) for role in ("teacher", "global_teacher")}
     return {
         **recorded,
         **{role: {"blocks": None, **each} for role, each in teachers.items() if isinstance(each, dict)},
         **({"training": {**later, **training}} if isinstance(training, dict) else {}),
+        **({"scoring": {"levels": "sum", **scoring}} if isinstance(scoring, dict) else {}),
         **({"method": MethodConfig.from_dict(method).as_dict()} if isinstance(method, dict) else {}),
     }
 
