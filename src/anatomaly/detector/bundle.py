@@ -313,6 +313,7 @@ def _calibration(entry: dict[str, Any]) -> Calibration:
         KeyError, TypeError, ValueError: It is not what was written.
     """
     digest = entry.pop("digest")
+    written = _digest(entry)  # as it stands there: an earlier version knew fewer settings
     found = Calibration(
         **{
             **entry,
@@ -331,7 +332,7 @@ def _calibration(entry: dict[str, Any]) -> Calibration:
         and all(type(each) is int and each > 0 for each in found.images)
         and all(isinstance(each, str) for each in texts)
     )
-    if not sound or digest != _digest(asdict(found)):
+    if not sound or digest != written:
         raise ValueError("the digest is not that of the entry")
     return found
 
