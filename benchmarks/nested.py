@@ -67,6 +67,7 @@ class Teacher(NamedTuple):
 LITE_128 = Teacher("Lite0 128 px", "efficientnet_lite0", 128)
 LITE_224 = Teacher("Lite0 224 px", "efficientnet_lite0", 224)
 VIT = Teacher("ViT 224 px", "timm/vit_small_patch14_dinov2", 224, (3, 5, 6, 7))
+BOTH = Teacher("Lite0 + ViT 224 px", "", 224)
 
 
 class Variant(NamedTuple):
@@ -85,6 +86,7 @@ class Group(NamedTuple):
     variants: dict
     learned: bool = False
     seeds: int | None = None  # so many of the seeds; for what takes long
+    parts: tuple = ()  # groups whose levels it has together
 
 
 def weighing(first, count, weight, scoring=GEOMETRIC):
@@ -105,6 +107,10 @@ MATCHING = {
     "matching, 4 wholes x 0.25": weighing(0, 4, 0.25),
 }
 SUMMED = {"matching, levels summed, 2 wholes x 0.25": weighing(0, 2, 0.25, TOP)}
+TOGETHER = {
+    name: Variant(2 * MATCHING[name].weights, GEOMETRIC)
+    for name in ("matching, places alone", *(f"matching, 2 wholes x {weight}" for weight in (0.1, 0.25, 0.5)))
+}
 #: Maps of the others differ little from these.
 OUTLINED = ("matching, places alone", "matching, 2 wholes x 0.25", "matching, 2 wholes x 1.0")
 PLAIN = AttentionSettings(surroundings=False, deepest=1.0)
@@ -114,8 +120,9 @@ GROUPS = {
     "nearest_lite0_128": Group(LITE_128, "nearest", None, NEAREST),
     "matching_lite0_224": Group(LITE_224, "matching", MatchingSettings(whole=4), MATCHING),
     "matching_vit": Group(VIT, "matching", MatchingSettings(whole=4), MATCHING),
-    "nearest_vit": Group(VIT, "nearest", None, NEAREST),
+    "nearest_vit": Group(VIT, "nearest", None, NEAREST, seeds=1),
     "nearest_lite0_224": Group(LITE_224, "nearest", None, NEAREST, seeds=1),
+    "matching_both": Group(BOTH, "matching", None, TOGETHER, parts=("matching_lite0_224", "matching_vit")),
     "attention": Group(
         LITE_128, "attention", AttentionSettings(), {"patch attention": Variant(None, TOP)}, learned=True
     ),
@@ -152,11 +159,11 @@ def main():
     groups = {
         name: group
         for name, group in GROUPS.items()
-        if (args.vit or group.teacher != VIT) and (args.learned or not group.learned)
+        if (args.vit or group.teacher not in (VIT, BOTH)) and (args.learned or not group.learned)
     }
     for name, group in groups.items():
         for manifest in sets:
-            for task in manifest.tasks if args.only is None or name in args.only else ():
+            for task in manifest.tasks if not group.parts and name in (args.only or groups) else ():
                 file = args.out / name / f"{task}.npz"
                 if not file.exists():
                     started = time.perf_counter()
@@ -297,7 +304,7 @@ def similarities(queries, supports):
     b, c, h, w = queries.shape
     rows = torch.nn.functional.normalize(queries, dim=1).permute(0, 2, 3, 1).reshape(-1, c)
     places = torch.nn.functional.normalize(supports, dim=1).flatten(2)
-    blocks = rows.split(max(64, 2**20 // (h * w)))  # so few similarities stay in the cache
+    blocks = rows.split(max(64, 2**18 // (h * w)))  # so few similarities stay in the cache
     best = torch.stack([torch.cat([(block @ each).amax(dim=1) for block in blocks]) for each in places])
     return best.view(len(places), b, h, w).movedim(0, 1)
 
@@ -358,7 +365,13 @@ def mask_of(row, preprocessing):
 def tables(args, groups, sets):
     """Print every variant, the nested choice, the tests against both references and the pixels."""
     tasks, aside = list(sets[0].tasks), [task for each in sets[1:] for task in each.tasks]
-    files = {name: {task: np.load(args.out / name / f"{task}.npz") for task in (*tasks, *aside)} for name in groups}
+    files = {}
+    for name, group in groups.items():
+        if group.parts:
+            pairs = {task: [files[part][task]["levels"] for part in group.parts] for task in (*tasks, *aside)}
+            files[name] = {task: {"levels": np.concatenate(pair, axis=2)} for task, pair in pairs.items()}
+        else:
+            files[name] = {task: np.load(args.out / name / f"{task}.npz") for task in (*tasks, *aside)}
     keys = [(name, variant) for name, group in groups.items() for variant in group.variants]
     found = {}
     for name, variant in keys:
@@ -372,10 +385,11 @@ def tables(args, groups, sets):
     head([*tasks, *(f"K = {shots}" for shots in args.shots)])
     for key, each in sorted(figures.items(), key=lambda item: -item[1].mean()):
         line(title(groups, key), [*each[:, at], *each.mean(axis=0)])
-    installed = [key for key in keys if groups[key[0]].teacher != VIT]
+    installed = [key for key in keys if groups[key[0]].teacher not in (VIT, BOTH)]
     for name, allowed in (("installed teachers", installed), ("all teachers", keys)):
         chosen = nested({key: figures[key] for key in allowed}, groups, tasks, args, name)
         plain = {group.teacher: each for each, group in groups.items() if group.method == "nearest"}
+        plain[BOTH] = plain[LITE_224]
         own = {task: (plain[groups[key[0]].teacher], REFERENCE[1]) for task, key in chosen.items()}
         for text, references in (("(a) nearest, maximum, Lite0 128 px", None), ("(b) the same teacher and size", own)):
             print(f"\nNested choice against {text}: difference (95 % interval); * p < 0.05, Holm over tasks\n")

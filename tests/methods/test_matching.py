@@ -80,6 +80,25 @@ def test_whole_says_at_how_many_levels(lite0, whole):
     assert len(model.compare(encoded, model.embed_support(features(2, seed=2)))) == 4 + whole
 
 
+def test_levels_of_a_second_teacher_count_beside_those_of_the_first(lite0, model):
+    both = build_method("matching", [lite0, lite0])
+    queries, supports = features(2, seed=1), features(3, seed=2)
+    others = [{"global_teacher": features(batch, seed=seed)["teacher"]} for batch, seed in ((2, 3), (3, 4))]
+    found = both.compare(both.encode(queries | others[0]), both.embed_support(supports | others[1]))
+    apart = [
+        model.compare(
+            model.encode({"teacher": query["teacher" if role else "global_teacher"]}),
+            model.embed_support({"teacher": support["teacher" if role else "global_teacher"]}),
+        )
+        for role, query, support in ((True, queries, supports), (False, *others))
+    ]
+    expected = [*apart[0][:4], *apart[1][:4], *apart[0][4:], *apart[1][4:]]
+    assert len(found) == 12
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.target, other.target)
+        assert one.scale == other.scale
+
+
 def test_a_support_image_is_not_anomalous(model):
     images = torch.rand(3, 3, 64, 96, generator=torch.Generator().manual_seed(0))
     bank = model.embed_support(model.extract_support(images))

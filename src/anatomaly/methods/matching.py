@@ -36,28 +36,36 @@ class Matching(nn.Module):
 
     Args:
         teacher: Frozen backbone with four levels.  The first is averaged to the grid of the second.
+        global_teacher: Another one, whose levels count beside those of the first.
         settings: At how many levels whole images count, and how much.
     """
 
     needs_support = True
 
-    def __init__(self, teacher: Teacher, *, settings: MatchingSettings = _DEFAULT) -> None:
+    def __init__(
+        self, teacher: Teacher, global_teacher: Teacher | None = None, *, settings: MatchingSettings = _DEFAULT
+    ) -> None:
         super().__init__()
         self.settings = settings
         self.teachers = {"teacher": teacher}
+        if global_teacher is not None:
+            self.teachers["global_teacher"] = global_teacher
 
     def extract(self, images: Tensor) -> Features:
-        """Teacher pyramid of (B, 3, H, W) images in [0, 1]."""
-        return {"teacher": self.teachers["teacher"](images)}
+        """Teacher pyramids of (B, 3, H, W) images in [0, 1]."""
+        return {role: teacher(images) for role, teacher in self.teachers.items()}
 
     extract_support = extract
 
     def encode(self, features: Features) -> list[Tensor]:
         """Unit-length features: the places (B, C, h, w) of all levels, then (B, C, 1, 1) of whole images."""
-        first, *deeper = (level.float() for level in features["teacher"])
-        h, w = deeper[0].shape[-2:]
-        places = [F.adaptive_avg_pool2d(first, (h, w)), *deeper]
-        wholes = [level.mean(dim=(2, 3), keepdim=True) for level in places[len(places) - self.settings.whole :]]
+        places, wholes = [], []
+        for role in self.teachers:
+            first, *deeper = (level.float() for level in features[role])
+            h, w = deeper[0].shape[-2:]
+            levels = [F.adaptive_avg_pool2d(first, (h, w)), *deeper]
+            places += levels
+            wholes += [level.mean(dim=(2, 3), keepdim=True) for level in levels[len(levels) - self.settings.whole :]]
         return [F.normalize(level, dim=1) for level in (*places, *wholes)]
 
     def embed_support(self, features: Features) -> dict[str, Tensor]:
@@ -86,7 +94,7 @@ class Matching(nn.Module):
                     f"Matching.compare: level {i + 1} of the query is {tuple(level.shape)}, the support bank holds "
                     f"{tuple(bank.shape)}; C, h and w must match. Make the bank anew with this model and size."
                 )
-            if i < len(encoded) - self.settings.whole:
+            if i < len(encoded) - self.settings.whole * len(self.teachers):
                 comparisons.append(_matched(level.float(), bank))
             else:
                 comparisons.append(_mixed(level.float(), bank)._replace(scale=self.settings.whole_weight))

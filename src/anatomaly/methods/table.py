@@ -211,6 +211,7 @@ METHODS = _Table(
         few_shot=True,
         one_class=True,
         learns_from="",
+        teachers=2,
         conservative_leave_one_out=True,
     ),
 )
