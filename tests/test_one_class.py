@@ -311,7 +311,7 @@ def test_fit_on_the_command_line(phantom, tmp_path, capsys):
     pdd = ("--method.name=pdd", "--method.pdd.diversity_weight=0.25", "--method.pdd.shared_students=true")
     assert main(["fit", *where, *teachers, *small, *pdd]) == 0
     first, last = capsys.readouterr().out.splitlines()
-    assert first.startswith("pdd on efficientnet_lite0, 1 epoch.")
+    assert first.startswith("pdd on efficientnet_lite0 and timm/resnet18, 1 epoch.")
     assert last == f"model: {tmp_path}"
     loaded = Detector.load(tmp_path, device="cpu")
     assert loaded.method.settings.diversity_weight == 0.25

@@ -33,9 +33,9 @@ def run_fit(options: Namespace) -> int:
     manifest = manifest if options.tasks is None else manifest.select(task=options.tasks)
     record, epochs = METHODS[config.method.name], config.training.epochs
     how = f"{epochs} epoch{'s' * (epochs != 1)}" if record.trained and epochs else "nothing is trained"
-    print(
-        f"{record.name} on {config.teacher.name}, {how}. {record.summary[0].upper()}{record.summary[1:]}.", flush=True
-    )
+    teachers = [each.name for each in (config.teacher, config.global_teacher)[: record.teachers] if each.name != "none"]
+    about = f"{record.summary[0].upper()}{record.summary[1:]}."
+    print(f"{record.name} on {' and '.join(teachers)}, {how}. {about}", flush=True)
 
     from anatomaly.training.fit import fit  # takes seconds to load, so it comes after what may be wrong
 
