@@ -28,7 +28,7 @@ def loading_arguments(parser: ArgumentParser) -> None:
     from typing import Literal
 
     parser.add_argument("--teacher.weights", type=str | None, help="Take the teacher's weights from this file.")
-    parser.add_argument("--global_teacher.weights", type=str | None, help="Likewise the second teacher's, of PDD and matching.")
+    parser.add_argument("--global_teacher.weights", type=str | None, help="Likewise the second teacher's.")
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="Where to compute.")
     parser.add_argument("--precision", type=Literal["fp32", "bf16"], default="fp32", help="bf16 is faster.")
     parser.add_argument("--batch_size", type=int, default=16, help="Images per forward pass; changes no score.")
