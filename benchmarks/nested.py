@@ -18,6 +18,7 @@ import json
 import time
 from dataclasses import replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,37 +90,37 @@ class Group(NamedTuple):
     parts: tuple = ()  # groups whose levels it has together
 
 
-def weighing(first, count, weight, scoring=GEOMETRIC):
-    """Of matching with whole images at all four levels: places from a level on, and the `count` deepest wholes."""
-    return Variant((*(float(i >= first) for i in range(4)), *(weight * (i >= 4 - count) for i in range(4))), scoring)
+def weighing(places, wholes, weight, scoring=GEOMETRIC):
+    """Of matching with places and whole images at all four levels: these, whole images by this weight."""
+    levels = range(1, 5)
+    return Variant((*(float(i in places) for i in levels), *(weight * (i in wholes) for i in levels)), scoring)
+
+
+def text(places, wholes, weight):
+    return f"matching {places[0]}-{places[-1]}, whole {' and '.join(map(str, wholes))} x {weight}"
 
 
 NEAREST = {"nearest, maximum": Variant(None, MAXIMUM), "nearest, top 5 %": Variant(None, TOP)}
+PLACES, WHOLES, WEIGHTS = ((2, 3), (2, 3, 4), (1, 2, 3, 4)), ((4,), (3, 4)), (0.1, 0.25, 0.5, 1.0)
 MATCHING = {
-    "matching, places alone": weighing(0, 0, 0.0),
-    "matching, levels 2 to 4, places alone": weighing(1, 0, 0.0),
-    **{
-        f"matching, {text}{count} wholes x {weight}": weighing(first, count, weight)
-        for first, text in ((0, ""), (1, "levels 2 to 4, "))
-        for count in (1, 2)
-        for weight in (0.1, 0.25, 0.5, 1.0)
-    },
-    "matching, 4 wholes x 0.25": weighing(0, 4, 0.25),
+    **{f"matching {places[0]}-{places[-1]}": weighing(places, (), 0.0) for places in ((1, 2, 3), *PLACES)},
+    **{text(*parts): weighing(*parts) for parts in product(PLACES, WHOLES, WEIGHTS)},
 }
-SUMMED = {"matching, levels summed, 2 wholes x 0.25": weighing(0, 2, 0.25, TOP)}
+SUMMED = {"matching 2-3, whole 4 x 0.25, levels summed": weighing((2, 3), (4,), 0.25, TOP)}
 TOGETHER = {
     name: Variant(2 * MATCHING[name].weights, GEOMETRIC)
-    for name in ("matching, places alone", *(f"matching, 2 wholes x {weight}" for weight in (0.1, 0.25, 0.5)))
+    for name in ("matching 2-3", *(text((2, 3), (4,), weight) for weight in WEIGHTS))
 }
 #: Maps of the others differ little from these.
-OUTLINED = ("matching, places alone", "matching, 2 wholes x 0.25", "matching, 2 wholes x 1.0")
+OUTLINED = ("matching 2-3", "matching 1-4", "matching 2-3, whole 4 x 0.25", "matching 2-3, whole 4 x 1.0")
+EVERY = MatchingSettings(places=(1, 2, 3, 4), wholes=(1, 2, 3, 4))
 PLAIN = AttentionSettings(surroundings=False, deepest=1.0)
 
 GROUPS = {
-    "matching_lite0_128": Group(LITE_128, "matching", MatchingSettings(whole=4), MATCHING | SUMMED),
+    "matching_lite0_128": Group(LITE_128, "matching", EVERY, MATCHING | SUMMED),
     "nearest_lite0_128": Group(LITE_128, "nearest", None, NEAREST),
-    "matching_lite0_224": Group(LITE_224, "matching", MatchingSettings(whole=4), MATCHING),
-    "matching_vit": Group(VIT, "matching", MatchingSettings(whole=4), MATCHING),
+    "matching_lite0_224": Group(LITE_224, "matching", EVERY, MATCHING),
+    "matching_vit": Group(VIT, "matching", EVERY, MATCHING),
     "nearest_vit": Group(VIT, "nearest", None, NEAREST, seeds=1),
     "nearest_lite0_224": Group(LITE_224, "nearest", None, NEAREST, seeds=1),
     "matching_both": Group(BOTH, "matching", None, TOGETHER, parts=("matching_lite0_224", "matching_vit")),

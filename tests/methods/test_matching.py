@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from anatomaly.errors import ShapeError
-from anatomaly.methods import build_method
+from anatomaly.errors import ConfigError, ShapeError
 from anatomaly.methods.matching import Matching
 from anatomaly.methods.settings import MatchingSettings
 from anatomaly.scoring import anomaly_map, compare_tensor, predict_tensor
@@ -13,9 +12,13 @@ from anatomaly.types import Scoring
 GEOMETRIC = Scoring(pooling="topk", top_fraction=0.05, levels="geometric")
 
 
+ALL = MatchingSettings(places=(1, 2, 3, 4), wholes=(3, 4))
+
+
 @pytest.fixture
 def model(lite0):
-    return build_method("matching", lite0)
+    """All levels, so that each is looked at."""
+    return Matching(lite0, settings=ALL)
 
 
 def features(batch, *, seed):
@@ -72,16 +75,37 @@ def test_a_mixture_of_supports_is_normal_as_a_whole(model):
     assert float(anomaly_map([deepest], (1, 1))) < 1e-3 < float(anomaly_map([places[-1]], (1, 1)))
 
 
-@pytest.mark.parametrize("whole", [0, 4])
-def test_whole_says_at_how_many_levels(lite0, whole):
-    model = Matching(lite0, settings=MatchingSettings(whole=whole))
-    encoded = model.encode(features(2, seed=1))
-    assert [tuple(level.shape[2:]) for level in encoded] == [(2, 3), (2, 3), (2, 3), (1, 2)] + [(1, 1)] * whole
-    assert len(model.compare(encoded, model.embed_support(features(2, seed=2)))) == 4 + whole
+@pytest.mark.parametrize(
+    ("settings", "grids"),
+    [
+        (MatchingSettings(), [(2, 3), (2, 3), (1, 1)]),
+        (MatchingSettings(places=(4, 1), wholes=()), [(2, 3), (1, 2)]),
+        (MatchingSettings(places=[3], wholes=[2, 4]), [(2, 3), (1, 1), (1, 1)]),
+    ],
+)
+def test_the_settings_say_which_levels_are_compared(settings, grids, lite0):
+    model = Matching(lite0, settings=settings)
+    query, support = features(2, seed=1), features(2, seed=2)
+    encoded = model.encode(query)
+    assert [tuple(level.shape[2:]) for level in encoded] == grids
+    channels = [query["teacher"][number - 1].shape[1] for number in (*settings.places, *settings.wholes)]
+    assert [level.shape[1] for level in encoded] == channels
+    scales = [comparison.scale for comparison in model.compare(encoded, model.embed_support(support))]
+    assert scales == [1.0] * len(settings.places) + [settings.whole_weight] * len(settings.wholes)
+
+
+@pytest.mark.parametrize(
+    "values", [{"places": ()}, {"places": (0,)}, {"wholes": (5,)}, {"places": (2, 2)}, {"wholes": 3}]
+)
+def test_levels_that_are_not_there_are_refused(values):
+    with pytest.raises(
+        ConfigError, match=r"method\.matching\.(places|wholes): got .*, expected .*some of the levels 1 to 4"
+    ):
+        MatchingSettings(**values)
 
 
 def test_levels_of_a_second_teacher_count_beside_those_of_the_first(lite0, model):
-    both = build_method("matching", [lite0, lite0])
+    both = Matching(lite0, lite0, settings=ALL)
     queries, supports = features(2, seed=1), features(3, seed=2)
     others = [{"global_teacher": features(batch, seed=seed)["teacher"]} for batch, seed in ((2, 3), (3, 4))]
     found = both.compare(both.encode(queries | others[0]), both.embed_support(supports | others[1]))

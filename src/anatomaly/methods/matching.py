@@ -1,8 +1,8 @@
 """Matching: a query beside its supports place by place, and as a whole (docs/matching.md).
 
-Every place of the query is compared with the most similar place of the K supports, at each level of the frozen
-teacher.  The query as a whole, its mean features, is compared with the best mixture of the supports as a whole: what
-is spread all over an image, or missing from it, is in no single place.  Nothing is trained.
+Every place of the query is compared with the most similar place of the K supports, at the middle levels of the frozen
+teacher.  The query as a whole, its mean features of the deepest level, is compared with the best mixture of the
+supports as a whole: what is spread all over an image, or missing from it, is in no single place.  Nothing is trained.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _RIDGE = 0.01
 
 
 class Matching(nn.Module):
-    """Nearest places at all levels, and whole images at the deepest; follows `types.Method` and has no weights.
+    """Nearest places, and whole images; follows `types.Method` and has no weights.
 
     Args:
         teacher: Frozen backbone with four levels.  The first is averaged to the grid of the second.
         global_teacher: Another one, whose levels count beside those of the first.
-        settings: At how many levels whole images count, and how much.
+        settings: Which levels are compared, and what whole images count.
     """
 
     needs_support = True
@@ -58,14 +58,14 @@ class Matching(nn.Module):
     extract_support = extract
 
     def encode(self, features: Features) -> list[Tensor]:
-        """Unit-length features: the places (B, C, h, w) of all levels, then (B, C, 1, 1) of whole images."""
+        """Unit-length features: (B, C, h, w) of places, then (B, C, 1, 1) of whole images."""
         places, wholes = [], []
         for role in self.teachers:
             first, *deeper = (level.float() for level in features[role])
             h, w = deeper[0].shape[-2:]
             levels = [F.adaptive_avg_pool2d(first, (h, w)), *deeper]
-            places += levels
-            wholes += [level.mean(dim=(2, 3), keepdim=True) for level in levels[len(levels) - self.settings.whole :]]
+            places += [levels[number - 1] for number in self.settings.places]
+            wholes += [levels[number - 1].mean(dim=(2, 3), keepdim=True) for number in self.settings.wholes]
         return [F.normalize(level, dim=1) for level in (*places, *wholes)]
 
     def embed_support(self, features: Features) -> dict[str, Tensor]:
@@ -94,7 +94,7 @@ class Matching(nn.Module):
                     f"Matching.compare: level {i + 1} of the query is {tuple(level.shape)}, the support bank holds "
                     f"{tuple(bank.shape)}; C, h and w must match. Make the bank anew with this model and size."
                 )
-            if i < len(encoded) - self.settings.whole * len(self.teachers):
+            if i < len(self.settings.places) * len(self.teachers):
                 comparisons.append(_matched(level.float(), bank))
             else:
                 comparisons.append(_mixed(level.float(), bank)._replace(scale=self.settings.whole_weight))

@@ -16,21 +16,31 @@ class NearestSettings:
 
 @dataclass(frozen=True)
 class MatchingSettings:
-    """What whole images count in matching.
+    """What matching compares; levels are counted from 1, the finest, to 4.
 
     Attributes:
-        whole: Number of levels, the deepest ones, at which whole images are compared as well; 0 compares places alone.
-        whole_weight: What such a level counts, where one of places counts 1.
+        places: Levels at which every place is compared.
+        wholes: Levels at which whole images are compared.
+        whole_weight: What a level of whole images counts, where one of places counts 1.
     """
 
-    whole: int = 2
+    places: tuple[int, ...] = (2, 3)
+    wholes: tuple[int, ...] = (4,)
     whole_weight: float = 0.25
 
     def __post_init__(self) -> None:
         """Refuse values out of range with a ConfigError."""
-        check("method.matching.whole", self.whole, self.whole in (0, 1, 2, 3, 4), "0 to 4")
+        for name, least in (("places", 1), ("wholes", 0)):
+            value = getattr(self, name)
+            levels = tuple(value) if isinstance(value, (tuple, list)) else (0,)
+            fits = len(levels) >= least and all(levels.count(level) == 1 and level in _LEVELS for level in levels)
+            check(f"method.matching.{name}", value, fits, f"{'some' if least else 'none or some'} of the levels 1 to 4")
+            object.__setattr__(self, name, tuple(sorted(levels)))  # a bundle has lists
         weight = self.whole_weight
         check("method.matching.whole_weight", weight, 0 <= weight <= 1e6, "0 to a million")
+
+
+_LEVELS = (1, 2, 3, 4)
 
 
 @dataclass(frozen=True)
