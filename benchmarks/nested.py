@@ -295,9 +295,11 @@ class Matched(Learned):
             best = similar[:, chosen].amax(dim=1).clamp(-1.0, 1.0)
             student = torch.stack([torch.ones_like(best), torch.zeros_like(best)], dim=1)
             comparisons.append(Comparison(student, torch.stack([best, (1.0 - best.square()).sqrt()], dim=1)))
-        wholes = self.encoded[number][self.places :]
-        own = {f"level_{i}": level[chosen].movedim(1, -1) for i, level in enumerate(self.own[self.places :])}
-        return [*comparisons, *(self.method.compare(wholes, own) if wholes else [])]
+        if len(self.own) > self.places:  # whole images are few numbers: the method is asked, with one place a level
+            own = {f"level_{i}": level[chosen][..., :1, :1].movedim(1, -1) for i, level in enumerate(self.own)}
+            corners = [level[..., :1, :1] for level in self.encoded[number]]
+            comparisons += self.method.compare(corners, own)[self.places :]
+        return comparisons
 
 
 def similarities(queries, supports):
