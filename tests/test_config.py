@@ -1,5 +1,6 @@
 """Settings out of range are refused when the record is made, whoever makes it."""
 
+import json
 import math
 from dataclasses import asdict
 
@@ -183,6 +184,8 @@ def test_a_recorded_run_gets_the_settings_that_came_later():
     before = {"name": "d24fad", "d24fad": {"tsd_weight": 0.2}}  # older than learn_to_weight and detach_supports
     now = MethodConfig("d24fad", D24FADSettings(tsd_weight=0.2, learn_to_weight=True, detach_supports=False))
     assert with_later_settings({"method": before})["method"] == now.as_dict()
+    lists = json.loads(json.dumps(MethodConfig("matching").as_dict()))
+    assert with_later_settings({"method": lists})["method"] == lists, "as JSON has it"
     former = {"name": "attention", "distance": "flattened", "attention": {"mirrored": False}, "pdd": {"mpa": True}}
     own = MethodConfig("attention", AttentionSettings(mirrored=False))
     assert with_later_settings({"method": former}) == with_later_settings({"method": own.as_dict()})

@@ -80,7 +80,8 @@ class MethodConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """As it is spelled in YAML files, recorded runs and bundles: the settings stand under the method's name."""
-        return {"name": self.name, self.name: asdict(self.settings)}
+        own = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.settings).items()}
+        return {"name": self.name, self.name: own}
 
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> MethodConfig:
