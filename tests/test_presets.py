@@ -6,13 +6,13 @@ from dataclasses import asdict, replace
 import pytest
 
 from anatomaly.cli import main
-from anatomaly.config import FitConfig, MethodConfig
+from anatomaly.config import FitConfig, MethodConfig, TeacherConfig
 from anatomaly.errors import ConfigError
 from anatomaly.methods import METHODS
-from anatomaly.methods.settings import AttentionSettings, D24FADSettings, PDDSettings
+from anatomaly.methods.settings import AttentionSettings, D24FADSettings, MatchingSettings, PDDSettings
 from anatomaly.presets import DEFAULT_PRESET, configured, defaults_of, load_preset, preset_file, preset_names
 from anatomaly.training.fit import fit
-from anatomaly.types import Intensity, Preprocessing
+from anatomaly.types import Intensity, Preprocessing, Scoring
 
 #: What the specifications say, written down from them and not from the files.
 D24FAD = {
@@ -144,6 +144,14 @@ def test_a_preset_holds_the_numbers_of_its_source(name, settings_of):
     assert settings_of("--config", preset_file(name)) == config
     assert load_preset(name) == config
     assert settings_of("--preset", name, command=("benchmark", "ablation", name.split("-")[0])) == config
+
+
+def test_the_default_is_what_its_page_was_measured_with():
+    config = load_preset()
+    assert config.method == MethodConfig("matching", MatchingSettings(places=(2, 3), wholes=(4,), whole_weight=0.25))
+    assert (config.teacher, config.global_teacher.name) == (TeacherConfig("efficientnet_lite0"), "none")
+    assert config.preprocessing.size == (224, 224)
+    assert config.scoring == Scoring(blur=4.0, pooling="topk", top_fraction=0.05, levels="geometric")
 
 
 def test_defaults_follow_the_method_and_files_lie_over_them(settings_of, tmp_path):

@@ -15,7 +15,7 @@ import anatomaly.results.folder
 from anatomaly.errors import NotReadyError, OutputError
 from anatomaly.results.folder import predict_to_folder
 from anatomaly.tables import Table
-from anatomaly.types import Prediction, Sample
+from anatomaly.types import Prediction, Sample, Scoring
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +138,20 @@ def test_the_report_says_what_the_run_was(detector, supports, tests, tmp_path):
         assert said in text
     for said in (detector.model_hash[:12], "Earlier results", "0.87", "Five draws.", *[s.name for s in supports]):
         assert said in text
+
+
+@pytest.mark.parametrize(
+    ("levels", "words"),
+    [
+        ("sum", "mean of the highest 5 % of the map, Gaussian blur 4 pixels"),
+        ("geometric", "geometric mean over levels, each the mean of the highest 5 %"),
+    ],
+)
+def test_the_report_says_how_a_score_is_made(levels, words, make_detector, supports, tests, tmp_path):
+    detector = make_detector("matching", scoring=Scoring(pooling="topk", top_fraction=0.05, levels=levels))
+    detector.set_support(supports, task="head_ct")
+    predict_to_folder(detector, tests[:1], tmp_path / "out", title="t")
+    assert words in texts(tmp_path / "out/report.html")
 
 
 def test_a_second_run_into_the_same_folder_is_refused_and_changes_nothing(detector, tests, tmp_path):

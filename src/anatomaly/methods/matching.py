@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from anatomaly.errors import ShapeError
-from anatomaly.methods.nearest import most_similar
+from anatomaly.methods.nearest import matched
 from anatomaly.methods.settings import MatchingSettings
 from anatomaly.types import Comparison
 
@@ -61,11 +61,9 @@ class Matching(nn.Module):
         """Unit-length features: (B, C, h, w) of places, then (B, C, 1, 1) of whole images."""
         places, wholes = [], []
         for role in self.teachers:
-            first, *deeper = (level.float() for level in features[role])
-            h, w = deeper[0].shape[-2:]
-            levels = [F.adaptive_avg_pool2d(first, (h, w)), *deeper]
-            places += [levels[number - 1] for number in self.settings.places]
-            wholes += [levels[number - 1].mean(dim=(2, 3), keepdim=True) for number in self.settings.wholes]
+            levels = features[role]
+            places += [_level(levels, number) for number in self.settings.places]
+            wholes += [_level(levels, number).mean(dim=(2, 3), keepdim=True) for number in self.settings.wholes]
         return [F.normalize(level, dim=1) for level in (*places, *wholes)]
 
     def embed_support(self, features: Features) -> dict[str, Tensor]:
@@ -95,7 +93,7 @@ class Matching(nn.Module):
                     f"{tuple(bank.shape)}; C, h and w must match. Make the bank anew with this model and size."
                 )
             if i < len(self.settings.places) * len(self.teachers):
-                comparisons.append(_matched(level.float(), bank))
+                comparisons.append(Comparison(level, *matched(level.float(), bank)))
             else:
                 comparisons.append(_mixed(level.float(), bank)._replace(scale=self.settings.whole_weight))
         return comparisons
@@ -109,15 +107,13 @@ class Matching(nn.Module):
         raise NotImplementedError("Matching has no trainable part; use it without fit.")
 
 
-def _matched(queries: Tensor, bank: Tensor) -> Comparison:
-    """Places (B, C, h, w) beside the most similar of all places of a bank (K, h, w, C)."""
-    places, shots = bank.flatten(0, 2), len(bank)
-    targets, weights = [], []
-    for query in queries:  # one image at a time bounds memory
-        nearest = most_similar(query.flatten(1).T, places)
-        targets.append(places[nearest].T.reshape(query.shape))
-        weights.append(torch.bincount(nearest // (len(places) // shots), minlength=shots) / len(nearest))
-    return Comparison(queries, torch.stack(targets), torch.stack(weights))
+def _level(levels: Sequence[Tensor], number: int) -> Tensor:
+    """A level by its number from 1; the first is averaged to the grid of the second."""
+    level = levels[number - 1].float()
+    if number > 1:
+        return level
+    h, w = levels[1].shape[-2:]
+    return F.adaptive_avg_pool2d(level, (h, w))
 
 
 def _mixed(queries: Tensor, bank: Tensor) -> Comparison:

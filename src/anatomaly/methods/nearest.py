@@ -63,15 +63,8 @@ class PatchNearestNeighbours(nn.Module):
         """
         comparisons = []
         for level, query in enumerate(encoded):
-            bank = support[f"patches_{level}"].float()
-            shots, channels, h, w = bank.shape
-            patches = bank.permute(0, 2, 3, 1).reshape(-1, channels)  # (K*h*w, C)
-            targets, weights = [], []
-            for one in F.normalize(query.float(), dim=1):  # one image at a time bounds memory
-                nearest = most_similar(one.flatten(1).T, patches)  # (h*w,)
-                targets.append(patches[nearest].T.reshape(one.shape))
-                weights.append(torch.bincount(nearest // (h * w), minlength=shots) / len(nearest))
-            comparisons.append(Comparison(query, torch.stack(targets), torch.stack(weights)))
+            bank = support[f"patches_{level}"].float().permute(0, 2, 3, 1)
+            comparisons.append(Comparison(query, *matched(F.normalize(query.float(), dim=1), bank)))
         return comparisons
 
     def training_loss(self, query: Features, support: Features) -> dict[str, Tensor]:
@@ -85,6 +78,25 @@ class PatchNearestNeighbours(nn.Module):
 
 #: Similarities worked out at a time: so few stay in a CPU's cache; on a GPU they take 1 GiB.
 _BLOCK, _CUDA_BLOCK = 2**19, 2**28
+
+
+def matched(queries: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
+    """The most similar patch of a bank for every patch of the queries.
+
+    Args:
+        queries: (B, C, h, w), unit length, float32.
+        bank: (K, h, w, C), likewise.
+
+    Returns:
+        (B, C, h, w), and (B, K): the share of a query's patches whose most similar one is in support k.
+    """
+    shots, patches = len(bank), bank.flatten(0, 2)  # (K*h*w, C)
+    targets, weights = [], []
+    for one in queries:  # one image at a time bounds memory
+        nearest = most_similar(one.flatten(1).T, patches)  # (h*w,)
+        targets.append(patches[nearest].T.reshape(one.shape))
+        weights.append(torch.bincount(nearest // (len(patches) // shots), minlength=shots) / len(nearest))
+    return torch.stack(targets), torch.stack(weights)
 
 
 def most_similar(queries: Tensor, patches: Tensor) -> Tensor:

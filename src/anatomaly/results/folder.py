@@ -212,7 +212,7 @@ def _about(detector: Detector, task: str) -> dict[str, str]:
         "Model": detector.model_hash[:12],
         "Task": task,
         "Input": f"{preprocessing.size[0]} x {preprocessing.size[1]} pixels, {preprocessing.resize}",
-        "Score": f"geometric mean of the levels' {pooled}"
+        "Score": f"geometric mean over levels, each the {pooled}"
         if scoring.levels == "geometric"
         else f"{pooled} of the map, Gaussian blur {scoring.blur:g} pixels",
     }
