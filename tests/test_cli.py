@@ -20,6 +20,7 @@ from scores import read_scores
 
 from anatomaly import __version__, cli
 from anatomaly.cli import COMMANDS, main
+from anatomaly.commands import fit as fit_command
 from anatomaly.evaluation.metrics import bootstrap
 from anatomaly.types import Intensity
 
@@ -250,6 +251,7 @@ def test_fit_wrote_a_model_and_a_finished_run_is_not_repeated(run, world, caplog
     with caplog.at_level(logging.INFO):
         assert run(*fit)[:2] == (
             0,
+            "normal images: fundus 4\n"
             "attention on efficientnet_lite0, 1 epoch. Patch attention: rebuilds a query from the supports' patches "
             f"(docs/patch-attention.md).\nmodel: {world / 'model'}\n",
         )
@@ -303,7 +305,8 @@ def test_flags_after_a_file_win_and_the_printed_settings_give_the_same_again(run
     first = json.loads((tmp_path / "m/config.json").read_text())
     assert run("fit", "-c", printed, "--out", tmp_path / "again").code == 0
     assert json.loads((tmp_path / "again/config.json").read_text()) == first
-    assert (first["training"]["epochs"], first["training"]["seed"], first["training"]["shots"]) == (0, 3, 1)
+    training = json.loads((tmp_path / "m/training/run.json").read_text())["training"]
+    assert (training["epochs"], training["seed"], training["shots"]) == (0, 3, 1)
     assert first["preprocessing"]["size"] == [64, 96]
     assert first["preprocessing"]["intensity"] == {"rule": "range", "low": 0.0, "high": 200.0}
     assert first["scoring"] == {"blur": 2.0, "pooling": "mean", "top_fraction": 0.05, "levels": "geometric"}, (
@@ -525,6 +528,54 @@ def test_results_are_never_overwritten(run, refused, world, tmp_path):
     assert (tmp_path / "out/scores.csv").read_bytes() == before
 
 
+# --- without a model, and from a plain folder ---
+
+
+def test_predict_without_a_model_uses_the_built_in_one(run, refused, world, tmp_path):
+    words = ("predict", "--images", world / "normals/2.png", "--out", tmp_path / "out")
+    code, out, _ = run(*words, "--support", world / "normals")
+    assert code == 0
+    assert "Built-in model: matching on efficientnet_lite0, which learned from no medical image." in out
+    assert len(read_scores(tmp_path / "out/scores.csv")) == 1
+    assert "needs normal images to compare with. Give --support or --bank." in refused(*words)
+
+
+def test_the_built_in_model_is_calibrated_into_a_new_folder(run, refused, world, tmp_path):
+    words = ("calibrate", "--support", world / "normals")
+    assert "Give --out" in refused(*words)
+    assert f"{world} exists already" in refused(*words, "--out", world)
+    code, out, _ = run(*words, "--out", tmp_path / "model")
+    assert code == 0
+    assert f"predict --model {tmp_path / 'model'} uses it" in out
+    words = ("--images", world / "ph/head_ct/test", "--support", world / "normals", "--out", tmp_path / "out")
+    assert run("predict", "--model", tmp_path / "model", *words).code == 0
+    assert all(row["p_value"] for row in read_scores(tmp_path / "out/scores.csv"))
+
+
+def test_fit_takes_a_plain_folder_of_normal_images(run, refused, world, tmp_path):
+    code, out, _ = run("fit", "--data", world / "normals", "--task", "ct", "--out", tmp_path / "model")
+    assert code == 0
+    assert "normal images: ct 3" in out
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one/a.png").write_bytes((world / "normals/0.png").read_bytes())
+    line = refused("fit", "--data", tmp_path / "one", "--out", tmp_path / "other", *TINY)
+    assert "one: 1 normal image; expected some of another patient, to be held out" in line
+
+
+def test_a_lone_task_is_trained_with_drawn_ones(run, world, tmp_path, monkeypatch):
+    monkeypatch.setattr(fit_command, "_DRAWN", 4)
+    small = ("--preprocessing.size=[64,64]", "--training.shots=1", "--training.epochs=1", "--teacher.weights=random")
+    words = ("fit", "--data", world / "normals", "--out", tmp_path / "model", "--method.name=d24fad", *small)
+    code, out, _ = run(*words)
+    assert code == 0
+    assert "One kind of image is too few to learn from: 4 drawn ones of 5 kinds join it." in out
+    tasks = json.loads((tmp_path / "model/config.json").read_text())["training"]["tasks"]
+    assert tasks == ["brain_mr", "chest_xray", "fundus", "head_ct", "histology", "normals"]
+    before = (tmp_path / "model/weights.safetensors").stat().st_mtime_ns
+    assert run(*words).code == 0
+    assert (tmp_path / "model/weights.safetensors").stat().st_mtime_ns == before, "a finished run was repeated"
+
+
 # --- evaluate, import, demo ---
 
 
@@ -613,7 +664,7 @@ def test_the_demo_runs_from_images_to_report_once(run, refused, tmp_path, monkey
     assert "A task nobody trained on" in (tmp_path / "demo/report.html").read_text()
     for model in ("d24fad", "matching"):
         config = json.loads((tmp_path / f"demo/models/{model}/config.json").read_text())
-        assert "head_ct" not in config["training"]["tasks"]
+        assert "head_ct" not in config.get("training", {}).get("tasks", [])
     assert "report.html: already exists" in refused("demo", "--out", tmp_path / "demo")
 
 

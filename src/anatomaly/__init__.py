@@ -1,6 +1,6 @@
 """Finds what is not normal in medical images after seeing only normal ones.
 
-``Detector.load("model").set_support(normal_files).predict(files)`` yields one `Prediction` per image.
+``Detector.default().set_support(normal_files).predict(files)`` yields one `Prediction` per image.
 """
 
 from __future__ import annotations

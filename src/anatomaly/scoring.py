@@ -298,10 +298,10 @@ def _weights(comparisons: Sequence[Comparison]) -> Tensor | None:
     return torch.stack(weights, dim=1) if weights else None
 
 
-def leave_one_out_maps(
+def leave_one_out(
     method: Method, encoded: Sequence[Tensor], support: Mapping[str, Tensor], *, size: tuple[int, int], scoring: Scoring
-) -> Tensor:
-    """Maps of the K supports, each judged against the other K - 1.
+) -> tuple[Tensor, Tensor]:
+    """Maps and scores of the K supports, each judged against the other K - 1.
 
     Args:
         method: In eval mode.
@@ -311,11 +311,11 @@ def leave_one_out_maps(
         scoring: Blur and pooling.
 
     Returns:
-        (K, H, W), float32.
+        (K, H, W) and (K,), float32.
     """
-    maps = []
+    judged = []
     for k in range(len(encoded[0])):
         others = {name: torch.cat([tensor[:k], tensor[k + 1 :]]) for name, tensor in support.items()}
         query = [level[k : k + 1] for level in encoded]
-        maps.append(compare_tensor(method, query, others, size=size, scoring=scoring).maps)
-    return torch.cat(maps)
+        judged.append(compare_tensor(method, query, others, size=size, scoring=scoring))
+    return torch.cat([each.maps for each in judged]), torch.cat([each.scores for each in judged])

@@ -174,6 +174,8 @@ class SupportBank:
         model_hash: Digest of the teacher's and the student's weights that made the tensors.
         map_range: (low, high) of the fixed colour scale, from the supports' own leave-one-out maps.
         precision: "fp32" or "bf16" of the tensors, None where the bank's file is too old to say.
+        normal_scores: K scores, each of a support judged by the other K - 1: a rough yardstick for the scores of
+            queries. Empty where there is one support, or the bank's file is too old to say.
     """
 
     tensors: Mapping[str, Tensor]
@@ -184,6 +186,7 @@ class SupportBank:
     model_hash: str
     map_range: tuple[float, float]
     precision: str | None = None
+    normal_scores: tuple[float, ...] = ()
 
     @property
     def shots(self) -> int:

@@ -257,3 +257,50 @@ def test_one_path_is_taken_for_a_list_of_one(tmp_path):
     row = Sample(tmp_path / "ab.png", "t")
     for items in (row.path, str(row.path), [row.path], [row]):
         assert list(rows_of(items, task="t")) == [row]
+
+
+# --- plain folders of normal images ---
+
+
+def tasks_of(folder, **options):
+    manifest = load_manifest(folder, normal=True, **options)
+    assert {(row.split, row.label) for row in manifest} == {("train", 0)}
+    return {task: len(manifest.select(task=task)) for task in manifest.tasks}
+
+
+def test_a_plain_folder_is_one_task_of_normal_images(tmp_path):
+    make_images(tmp_path / "eight normals", "1.png", "2.png", "more/3.png")
+    assert tasks_of(tmp_path / "eight normals") == {"eight normals": 3}
+    assert tasks_of(tmp_path / "eight normals", task="head_ct") == {"head_ct": 3}
+
+
+def test_a_folder_of_folders_is_a_task_each(tmp_path):
+    make_images(tmp_path, "brain/a/1.png", "brain/b/1.png", "liver/1.png")
+    (tmp_path / "notes.txt").write_text("of the radiologist")
+    (tmp_path / "empty").mkdir()
+    assert tasks_of(tmp_path) == {"brain": 2, "liver": 1}
+    assert tasks_of(tmp_path, task="all") == {"all": 3}
+    assert load_manifest(tmp_path, normal=True).left_out["file", "not an image"] == 1
+
+
+def test_a_folder_named_normal_is_no_task(tmp_path):
+    make_images(tmp_path / "head", "normal/1.png", "normal/2.png")
+    assert tasks_of(tmp_path / "head") == {"head": 2}
+
+
+@pytest.mark.parametrize("names", [("normal", "hemorrhage"), ("abnormal", "brain"), ("abnormal",)])
+def test_anomalous_images_are_not_taken_for_normal_ones(names, tmp_path):
+    make_images(tmp_path, *(f"{name}/1.png" for name in names))
+    with pytest.raises(ManifestError, match=r"normal looks like a folder of anom|hemorrhage looks .*ones, .*/normal"):
+        load_manifest(tmp_path, normal=True)
+
+
+def test_a_known_layout_stays_what_it_is(tmp_path):
+    make_images(tmp_path, "train/good/1.png", "test/good/2.png", "test/bad/3.png")
+    assert load_manifest(tmp_path, normal=True) == load_manifest(tmp_path)
+
+
+def test_a_folder_without_images_is_refused(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(ManifestError, match="no images found"):
+        load_manifest(tmp_path, normal=True)

@@ -447,6 +447,7 @@ def a_bank():
         model_hash="0123abcd",
         map_range=(0.1, 1 / 3),
         precision="bf16",
+        normal_scores=(0.5, 1 / 3, 0.25),
     )
 
 
@@ -454,7 +455,17 @@ def test_a_bank_comes_back_as_it_was(tmp_path):
     bank = a_bank()
     save_bank(bank, tmp_path / "bank.safetensors")
     loaded = load_bank(tmp_path / "bank.safetensors")
-    for attribute in ("task", "names", "sha256", "preprocessing", "model_hash", "map_range", "shots", "digest"):
+    for attribute in (
+        "task",
+        "names",
+        "sha256",
+        "preprocessing",
+        "model_hash",
+        "map_range",
+        "shots",
+        "digest",
+        "normal_scores",
+    ):
         assert getattr(loaded, attribute) == getattr(bank, attribute), attribute
     assert loaded.tensors.keys() == bank.tensors.keys()
     for name, tensor in bank.tensors.items():

@@ -1,5 +1,7 @@
 """The detector: supports and their banks, files in and predictions out, and official checkpoints."""
 
+import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +10,15 @@ import torch
 from golden_io import Golden, uniform
 from PIL import Image as Pillow
 
+from anatomaly.data.manifest import Manifest
+from anatomaly.detector.bundle import BUILT_IN
 from anatomaly.detector.detector import Detector
 from anatomaly.detector.official import import_checkpoint
 from anatomaly.errors import ConfigError, NotReadyError, ReadError, WeightsError
 from anatomaly.methods import METHODS
-from anatomaly.scoring import compare_tensor, encode_tensor, leave_one_out_maps, predict_tensor, scale_from_normals
+from anatomaly.presets import load_preset
+from anatomaly.scoring import compare_tensor, encode_tensor, leave_one_out, predict_tensor, scale_from_normals
+from anatomaly.training.fit import fit
 from anatomaly.types import Intensity, Preprocessing, Sample, Scoring
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -116,29 +122,62 @@ def test_a_support_asked_about_itself_finds_itself(make_detector, supports):
 
 
 @pytest.mark.parametrize("name", FEW_SHOT)
-def test_leave_one_out_maps_judge_each_support_by_the_others(name, make_detector, supports):
+def test_leave_one_out_judges_each_support_by_the_others(name, make_detector, supports):
     detector = make_detector(name).set_support(supports)
     method, scoring = detector.method, Scoring(blur=1.0)
     inputs = torch.rand(4, 3, 64, 96, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         encoded = encode_tensor(method, inputs)
         support = method.embed_support(method.extract(inputs))
-        maps = leave_one_out_maps(method, encoded, support, size=(64, 96), scoring=scoring)
+        maps, judged = leave_one_out(method, encoded, support, size=(64, 96), scoring=scoring)
         assert maps.shape == (4, 64, 96)
+        assert judged.shape == (4,)
         for k in range(4):
             others = method.embed_support(method.extract(inputs[[i for i in range(4) if i != k]]))
-            expected = predict_tensor(method, inputs[k : k + 1], others, scoring=scoring).maps[0]
-            torch.testing.assert_close(maps[k], expected, rtol=0, atol=1e-5)
+            expected = predict_tensor(method, inputs[k : k + 1], others, scoring=scoring)
+            torch.testing.assert_close(maps[k], expected.maps[0], rtol=0, atol=1e-5)
+            torch.testing.assert_close(judged[k], expected.scores[0], rtol=0, atol=1e-5)
 
 
-def test_the_colour_scale_comes_from_the_supports_judged_by_each_other(detector, supports):
+def test_colour_scale_and_yardstick_come_from_the_supports_judged_by_each_other(detector, supports):
     bank = detector.set_support(supports).bank
-    maps = []
+    maps, judged = [], []
     for k in range(4):
         others = detector.make_bank(supports[:k] + supports[k + 1 :])
         detector.bank = others
-        maps.append(next(detector.predict(supports[k : k + 1])).anomaly_map)
+        prediction = next(detector.predict(supports[k : k + 1]))
+        maps.append(prediction.anomaly_map)
+        judged.append(prediction.score)
     np.testing.assert_allclose(bank.map_range, scale_from_normals(maps), rtol=1e-4)
+    np.testing.assert_allclose(bank.normal_scores, judged, rtol=1e-5)
+
+
+def test_a_lone_support_has_no_yardstick(detector, supports):
+    assert detector.set_support(supports[:1]).bank.normal_scores == ()
+
+
+# The built-in model
+
+
+def test_the_built_in_model_is_the_default_preset_untrained(supports, tmp_path):
+    built_in = Detector.default(device="cpu")
+    config = load_preset()
+    assert built_in.facts.method == config.method
+    assert not METHODS[config.method.name].trained
+    assert (built_in.preprocessing, built_in.scoring) == (config.preprocessing, config.scoring)
+    assert (built_in.facts.training, built_in.calibrations, built_in.task_intensity) == ({}, (), {})
+    manifest = Manifest(tuple(supports), tmp_path)
+    fitted = fit(manifest, tmp_path / "model")
+    assert fitted.model_hash == built_in.model_hash
+    made, shipped = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "model", BUILT_IN))
+    assert made.pop("versions").keys() == shipped.pop("versions").keys()
+    assert made == shipped
+
+
+def test_the_built_in_model_is_small_and_tells_what_it_is():
+    assert sum(file.stat().st_size for file in BUILT_IN.iterdir()) < 10_000
+    card = (BUILT_IN / "README.md").read_text()
+    assert {"Learned from", "Made by", "Teacher"} <= set(re.findall(r"\*\*(.*?):\*\*", card))
 
 
 # Banks

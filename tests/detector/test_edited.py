@@ -185,6 +185,8 @@ def turned(facts, tensors):
         (lambda f, t: f.update(sha256=[1, 2, 3]), "sha256: got other values"),
         (lambda f, t: f.update(sha256=f["sha256"][:2]), "sha256: got 2 digests, expected 3"),
         (lambda f, t: f.update(map_range=[1, 0]), "map_range: got 1 to 0"),
+        (lambda f, t: f.update(normal_scores=[0.5]), "normal_scores: got 1 values, expected 3 numbers"),
+        (lambda f, t: f.update(normal_scores=[0.5, 1.0, None]), "normal_scores: got 3 values, expected 3 numbers"),
         (lambda f, t: f.update(map_range=["0", "1"]), "map_range: got 0 to 1"),
         (lambda f, t: f.update(model_hash=5), "model_hash: got 5"),
         (lambda f, t: f.update(model_hash="a\nb"), "model_hash: got 'a\\nb'"),
@@ -206,6 +208,7 @@ def test_a_bank_that_does_not_fit_is_refused(model, change, reason):
         lambda f, t: f["preprocessing"]["intensity"].update(rule="range", low=0.0, high=99.0),
         lambda f, t: f.update(sha256=f["sha256"][::-1]),
         lambda f, t: f.update(map_range=[0.0, 9.0]),
+        lambda f, t: f.update(normal_scores=[0.0, 9.0, 9.0]),
         lambda f, t: f.update(digest=5),
     ],
 )

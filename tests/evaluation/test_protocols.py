@@ -12,6 +12,7 @@ from anatomaly.evaluation.protocols import (
     draw_supports,
     forbid_leak,
     leave_one_task_out,
+    normals_to_train_on,
     split_normals,
     supports_at_most,
 )
@@ -182,7 +183,7 @@ def test_a_task_that_cannot_spare_a_patient_keeps_all_its_images():
     train, validation = split_normals(_manifest(lone, single, _rows("x", 10)))
     assert set(lone + single) <= set(train)
     assert {row.task for row in validation} == {"x"}
-    with pytest.raises(ConfigError, match="9 normal images to train on and 0 to validate on"):
+    with pytest.raises(ConfigError, match="9 normal images, for all that is known of 1 patient; expected"):
         split_normals(_manifest(lone))
 
 
@@ -193,8 +194,14 @@ def test_a_share_outside_0_1_is_refused(share):
 
 
 def test_splitting_a_data_set_without_normals_is_refused():
-    with pytest.raises(ConfigError, match="0 normal images to train on"):
-        split_normals(_manifest(_rows("x", 9, split="test"), _rows("x", 3, split="val")))
+    for choose in (split_normals, normals_to_train_on):
+        with pytest.raises(ConfigError, match="no normal image of split train"):
+            choose(_manifest(_rows("x", 9, split="test"), _rows("x", 3, split="val")))
+
+
+def test_normals_to_train_on_are_all_of_them_in_order():
+    rows = [*_rows("x", 3), *_rows("x", 2, split="test"), *_rows("a", 4)]
+    assert list(normals_to_train_on(_manifest(rows))) == [*rows[:3], *rows[5:]]
 
 
 def test_the_test_set_is_the_tasks_test_split_in_order():

@@ -14,7 +14,7 @@ from anatomaly.backbones.weights import state_digest
 from anatomaly.errors import ShapeError
 from anatomaly.methods import attention, build_method
 from anatomaly.methods.settings import AttentionSettings
-from anatomaly.scoring import anomaly_map, leave_one_out_maps
+from anatomaly.scoring import anomaly_map, leave_one_out
 from anatomaly.types import Scoring
 
 TEACHER = SimpleNamespace(channels=(4, 6, 8, 10), strides=(4, 8, 16, 32))
@@ -300,7 +300,7 @@ def test_every_support_can_be_left_out(lite0, images):
         bank, encoded = model.embed_support(extracted), model.encode(extracted)
     assert len(bank) == len(encoded)
     assert {len(tensor) for tensor in bank.values()} == {3}
-    maps = leave_one_out_maps(model, encoded, bank, size=(64, 96), scoring=Scoring(blur=0))
+    maps, _ = leave_one_out(model, encoded, bank, size=(64, 96), scoring=Scoring(blur=0))
     assert maps.shape == (3, 64, 96)
     for k in range(3):
         others = [i for i in range(3) if i != k]

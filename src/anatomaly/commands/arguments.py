@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anatomaly.commands.console import tell_left_out
+from anatomaly.commands.console import say, tell_left_out
 from anatomaly.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def model_arguments(parser: ArgumentParser) -> None:
     """Options of every command that takes a model."""
-    parser.add_argument("--model", type=str, required=True, help="Folder made by fit or import.")
+    parser.add_argument("--model", type=str | None, help="Folder made by fit or import. Without: the built-in model.")
     loading_arguments(parser)
 
 
@@ -35,18 +35,24 @@ def loading_arguments(parser: ArgumentParser) -> None:
 
 
 def load_detector(options: Namespace, folder: str | Path | None = None) -> Any:
-    """The model in `--model`, or in another folder, loaded as `loading_arguments` say."""
+    """The model in a folder, else in `--model`, else the built-in one, loaded as `loading_arguments` say."""
+    from anatomaly.detector.bundle import BUILT_IN
     from anatomaly.detector.detector import Detector
 
     if options.batch_size < 1:
         raise ConfigError(f"batch_size: got {options.batch_size}, expected at least 1.")
-    return Detector.load(
-        options.model if folder is None else folder,
+    named = options.model if folder is None else folder
+    detector = Detector.load(
+        named or BUILT_IN,
         device=options.device,
         precision=options.precision,
         teacher_weights=options.teacher.weights,
         global_teacher_weights=options.global_teacher.weights,
     )
+    if named is None:
+        teachers = " and ".join(each.name for each in detector.facts.teachers)
+        say(f"Built-in model: {detector.facts.name} on {teachers}, which learned from no medical image.")
+    return detector
 
 
 def support_arguments(parser: ArgumentParser) -> None:

@@ -30,6 +30,7 @@ def calibrate_arguments(parser: ArgumentParser) -> None:
     model_arguments(parser)
     parser.add_argument("--normals", type=str, help="Folder or manifest of other normal images; without, the support.")
     support_arguments(parser)
+    parser.add_argument("--out", type=str, help="Write the calibrated model to this new folder, not into --model.")
     parser.add_argument("--check", type=str, help="Calibrate nothing: ask whether these normals still fit.")
 
 
@@ -76,7 +77,11 @@ def run_calibrate(options: Namespace) -> int:
             else "No difference found; with few images only a large one would be."
         )
         return 0
-    detector.save_calibrations(options.model)
+    folder = options.model if options.out is None else options.out
+    if options.out is None:
+        detector.save_calibrations(folder)
+    else:
+        detector.save(folder)
     if options.save_bank is not None:
         detector.save_support(options.save_bank)
     for prediction in left_out[:_LISTED]:
@@ -87,12 +92,17 @@ def run_calibrate(options: Namespace) -> int:
     for earlier in before:
         if not misfit(earlier, calibration):
             print(f"This replaces the calibration on {len(earlier.scores)} {earlier.unit}s ({earlier.kind}).")
-    print(f"Stored in {Path(options.model) / 'calibration.json'}; predict uses it where all of this is the same.")
+    print(f"Stored in {Path(folder) / 'calibration.json'}.")
+    print(f"predict --model {folder} uses it where all of this is the same.")
     return 0
 
 
 def _check_options(options: Namespace) -> None:
     check_support_options(options, "calibrate")
+    if options.model is None and options.out is None and options.check is None:
+        raise ConfigError("calibrate: the built-in model takes no calibration in its place. Give --out, a new folder.")
+    if options.out is not None and Path(options.out).exists():
+        raise ConfigError(f"calibrate: {options.out} exists already, expected a new folder. Choose another --out.")
     if options.check is not None and options.normals is not None:
         raise ConfigError("calibrate: give either --normals (to calibrate on) or --check (to compare), not both.")
     if options.bank is not None and options.normals is None and options.check is None:

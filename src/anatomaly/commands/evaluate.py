@@ -44,9 +44,10 @@ def run_evaluate(options: Namespace) -> int:
             seed=options.seed,
             batch_size=options.batch_size,
         )
-    title = f"{options.model}: {options.draws} support draw{'s' * (options.draws > 1)}"
+    model = options.model or "built-in model"
+    title = f"{model}: {options.draws} support draw{'s' * (options.draws > 1)}"
     if not detector.method.needs_support:
-        title = options.model
+        title = model
         results += [pooled(results)] if len(results) > 1 else []
     if options.out is not None:
         write_evaluations(results, Path(options.out))

@@ -7,6 +7,7 @@ folder `Ungood`, which contains `good`.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -148,6 +149,43 @@ def read_plain(folder: Path, task: str) -> Rows:
     """
     images, left_out = list_files(folder)
     samples = [Sample(path, task, frame=frame) for path in images for frame in _frames(path)]
+    if not samples:
+        raise _no_images(folder, "no images found", left_out)
+    return Rows(samples, left_out)
+
+
+def read_normals(folder: Path, task: str | None) -> Rows:
+    """Read every image below a folder as a normal training image.
+
+    Args:
+        folder: Images directly in it: all below it are one task.  Else its subfolders that hold images are a task each,
+            except one that is called `normal`, `good` or the like, which is no name of a task.
+        task: Name of the one task that all are to be; None takes names of folders.
+
+    Returns:
+        Rows in natural order of the paths; a file of several frames becomes one row per frame.
+
+    Raises:
+        ManifestError: No images, or a subfolder is called `abnormal` or the like, or stands beside one called `normal`.
+    """
+    below = [child for child in subfolders(folder) if child.name.lower() not in MASK_FOLDERS]
+    normal = [child for child in below if words.meaning_of(child.name) == 0]
+    odd = [child for child in below if child not in normal and (normal or words.is_anomalous(child.name))]
+    if odd and (normal or list_files(odd[0]).images):
+        raise ManifestError(
+            f"{folder}: {odd[0].name} looks like a folder of anomalous images, expected normal ones only. "
+            f"Give the folder of the normal ones{f', {normal[0]}' if normal else ''}."
+        )
+    own = task or folder.resolve().name or "images"
+    tasks, left_out = {folder: own}, Counter[tuple[Literal["file", "folder"], str]]()
+    if task is None and not (beside := list_files(folder, deep=False)).images:
+        tasks = {child: own if child in normal else child.name for child in below}
+        left_out = beside.left_out
+    samples: list[Sample] = []
+    for place, name in tasks.items():
+        images, others = list_files(place)
+        samples += [Sample(path, name, "train", 0, frame) for path in images for frame in _frames(path)]
+        left_out += others
     if not samples:
         raise _no_images(folder, "no images found", left_out)
     return Rows(samples, left_out)

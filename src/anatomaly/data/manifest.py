@@ -123,7 +123,7 @@ class Manifest:
         return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
 
-def load_manifest(path: Path, *, task: str | None = None) -> Manifest:
+def load_manifest(path: Path, *, task: str | None = None, normal: bool = False) -> Manifest:
     """Read a data set: a CSV file, a Uni-Medical meta.json, or a folder in one of the known layouts.
 
     A folder is read as the first of these that fits: it holds manifest.csv; it holds meta.json; it holds train, val or
@@ -134,6 +134,8 @@ def load_manifest(path: Path, *, task: str | None = None) -> Manifest:
         path: File or folder.
         task: Name of the task where the source does not name it (a CSV without task column, a single folder); by
             default the folder's name.
+        normal: Images of a folder that is no data set are normal ones to train on, not images to judge; see
+            `layouts.read_normals`.
 
     Returns:
         A manifest of at least one row; every file in it exists.
@@ -143,7 +145,7 @@ def load_manifest(path: Path, *, task: str | None = None) -> Manifest:
     """
     path = Path(path)
     is_folder = _can_be_opened(path)
-    rows, listed = _read_folder(path, task) if is_folder else (_read_file(path, task), True)
+    rows, listed = _read_folder(path, task, normal) if is_folder else (_read_file(path, task), True)
     if listed:  # what was found in a folder is there, and once
         _refuse_missing(rows.samples, path)
         _refuse_repeated(rows.samples, path)
@@ -212,12 +214,14 @@ def _read_file(path: Path, task: str | None) -> Rows:
     )
 
 
-def _read_folder(folder: Path, task: str | None) -> tuple[Rows, bool]:
+def _read_folder(folder: Path, task: str | None, normal: bool) -> tuple[Rows, bool]:
     """Rows of a folder, and whether a table lists any of them."""
     if _is_data_set(folder):
         return _read_data_set(folder, task), _has_table(folder)
     below = subfolders(folder)
     children = [child for child in below if _is_data_set(child)]
+    if not children and normal:
+        return layouts.read_normals(folder, task), False
     if not children:
         return layouts.read_plain(folder, task or _folder_name(folder)), False
     beside, left_out = list_files(folder, deep=False)

@@ -157,6 +157,11 @@ def meaning_of(word: str, *, folder: bool = False) -> Literal[0, 1] | None:
     return 0 if number == 0 else 1 if number == 1 else None
 
 
+def is_anomalous(word: str) -> bool:
+    """Whether a word says outright that images are anomalous, such as `abnormal`; the name of a finding does not."""
+    return "".join(token for token in _tokens(word) if not token.isdecimal()) in _ANOMALOUS
+
+
 def _meaning(tokens: Sequence[str], folder: bool) -> Literal[0, 1] | None:
     numbers = [token for token in tokens if token.isdecimal()]
     words = [token for token in tokens if not token.isdecimal()]  # 0_No_DR, Normal (1), normal2

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from anatomaly.types import Method
 
 FORMAT = 1
+#: The bundle in the package: docs/bundle.md says how it is made.
+BUILT_IN = Path(__file__).parent / "built_in"
 CONFIG, WEIGHTS, CALIBRATION = "config.json", "weights.safetensors", "calibration.json"
 
 
@@ -208,6 +210,7 @@ def save_bank(bank: SupportBank, file: Path) -> None:
         "model_hash": bank.model_hash,
         "map_range": bank.map_range,
         "precision": bank.precision,
+        "normal_scores": bank.normal_scores,
     }
     facts["digest"] = _bank_digest(facts, bank.tensors)
     write_tensors(file, bank.tensors, {"bank": json.dumps(facts)})
@@ -236,6 +239,7 @@ def load_bank(file: Path) -> SupportBank:
             model_hash=facts["model_hash"],
             map_range=map_range(facts["map_range"], "map_range"),
             precision=facts.get("precision"),
+            normal_scores=tuple(facts.get("normal_scores", ())),
         )
         _check_bank(bank)
         digest = facts.pop("digest", None)  # banks of before have none
@@ -270,6 +274,9 @@ def _check_bank(bank: SupportBank) -> None:
     check("preprocessing.intensity.rule", rule, rule != "percentile", "a fixed rule")
     check("names", f"{bank.shots} images", bank.shots >= 1, "at least 1")
     check("sha256", f"{len(bank.sha256)} digests", len(bank.sha256) == bank.shots, f"{bank.shots}, one for each name")
+    scores = bank.normal_scores
+    finite = all(type(each) is float and math.isfinite(each) for each in scores)
+    check("normal_scores", f"{len(scores)} values", finite and len(scores) in (0, bank.shots), f"{bank.shots} numbers")
     counts = {len(tensor) if tensor.ndim else 0 for tensor in bank.tensors.values()}
     held = " and ".join(map(str, sorted(counts))) or "no"
     check("tensors", f"{held} images", counts == {bank.shots}, f"{bank.shots}, one for each name")

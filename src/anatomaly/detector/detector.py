@@ -1,11 +1,11 @@
-"""The `Detector`: a trained model that carries `scoring.predict_tensor` to files, supports and saved banks."""
+"""The `Detector`: a model that carries `scoring.predict_tensor` to files, supports and saved banks."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,8 +14,9 @@ from anatomaly.config import check_preprocessing, check_scoring
 from anatomaly.data.layouts import rows_of
 from anatomaly.data.loading import load_batches
 from anatomaly.data.readers import read_image
-from anatomaly.data.transforms import load, resolve_intensity, restore_map
+from anatomaly.data.transforms import resolve_intensity, restore_map
 from anatomaly.detector.bundle import (
+    BUILT_IN,
     Bundle,
     load_bank,
     load_calibrations,
@@ -30,9 +31,10 @@ from anatomaly.detector.checks import check_bank, check_model
 from anatomaly.detector.conformal import best_fit, misfit, with_p_value
 from anatomaly.detector.device import choose_device
 from anatomaly.detector.facts import TEACHERS, model_hash
+from anatomaly.detector.support import read_support, support_samples
 from anatomaly.errors import ConfigError, NotReadyError
 from anatomaly.methods import build_method
-from anatomaly.scoring import compare_tensor, embed_tensor, encode_tensor, leave_one_out_maps, scale_from_normals
+from anatomaly.scoring import compare_tensor, embed_tensor, encode_tensor, leave_one_out, scale_from_normals
 from anatomaly.types import Calibration, Intensity, Prediction, Preprocessing, Scoring, SupportBank
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ if TYPE_CHECKING:
 
 
 class Detector:
-    """A trained model ready to judge images: ``Detector.load(bundle).set_support(images).predict(paths)``.
+    """A model ready to judge images: ``Detector.default().set_support(images).predict(paths)``.
 
     Args:
         method: Teacher and student.
@@ -137,6 +139,11 @@ class Detector:
         check_model(detector.method, told.preprocessing, told.scoring, str(folder))
         return detector
 
+    @classmethod
+    def default(cls, **options: Any) -> Detector:
+        """The built-in model, which learned from no medical image; options and errors are those of `load`."""
+        return cls.load(BUILT_IN, **options)
+
     def save(self, bundle: str | Path) -> None:
         """Write a bundle; a teacher's weights go in only if they came from a user's own file.
 
@@ -174,40 +181,28 @@ class Detector:
     ) -> SupportBank:
         """Like `set_support`, but only return the bank."""
         self._check_takes_support()
-        samples = list(rows_of(images, task=task))
-        if not samples:
-            raise ConfigError("support: got no images, expected at least 1 normal image. Check the support folder.")
-        if anomalous := [sample.name for sample in samples if sample.label == 1]:
-            raise ConfigError(
-                f"support: {anomalous[0]} is labelled anomalous, expected normal images only. Leave it out."
-            )
+        samples = support_samples(images, task)
         rule = intensity or self.task_intensity.get(task, self.preprocessing.intensity)
         fixed = resolve_intensity(rule, (read_image(s.path, frame=s.frame) for s in samples))
         preprocessing = replace(self.preprocessing, intensity=fixed)
-        inputs, digests = [], []
-        for sample in samples:
-            pixels, _, image = load(sample, preprocessing)
-            inputs.append(torch.from_numpy(pixels))
-            digests.append(f"{image.sha256}#{sample.frame or 0}")
-        if len(set(digests)) < len(digests):
-            twice = next(s.name for s, d in zip(samples, digests, strict=True) if digests.count(d) > 1)
-            raise ConfigError(f"support: {twice} is given twice, expected K different images. Remove the copies.")
-        stack = torch.stack(inputs).to(self.device)
-        tensors, encoded = embed_tensor(self.method, stack, precision=self.precision)
+        inputs, digests = read_support(samples, preprocessing)
+        tensors, encoded = embed_tensor(self.method, inputs.to(self.device), precision=self.precision)
         map_range = (0.0, 0.5 * len(encoded))  # a fixed guess where a single support leaves nothing to compare with
+        scores: list[float] = []
         if len(samples) > 1:
             size = self.preprocessing.size
-            normal = leave_one_out_maps(self.method, encoded, tensors, size=size, scoring=self.scoring)
-            map_range = scale_from_normals(list(normal.cpu().numpy()))
+            maps, normal = leave_one_out(self.method, encoded, tensors, size=size, scoring=self.scoring)
+            map_range, scores = scale_from_normals(list(maps.cpu().numpy())), normal.tolist()
         return SupportBank(
             tensors=tensors,
             task=task,
             names=tuple(sample.name for sample in samples),
-            sha256=tuple(digests),
+            sha256=digests,
             preprocessing=preprocessing,
             model_hash=self.model_hash,
             map_range=map_range,
             precision=self.precision,
+            normal_scores=tuple(scores),
         )
 
     def _check_takes_support(self) -> None:

@@ -120,14 +120,39 @@ def split_normals(manifest: Manifest, *, validation: float = 0.1, seed: int = 0)
         chosen = given or _hold_out(normals, validation, f"{seed}/{task}/validation")
         held_out.update(chosen)
         train.update(row for row in normals if row not in held_out)
-    if not train or not held_out:
+    if not train:
+        raise _no_normals(manifest)
+    if not held_out:
+        alone = (
+            "1 normal image" if len(train) == 1 else f"{len(train)} normal images, for all that is known of 1 patient"
+        )
         raise ConfigError(
-            f"split_normals: {len(train)} normal images to train on and {len(held_out)} to validate on, expected at"
-            " least 1 each. Add normal rows of split 'train' (of two patients or more) or 'val'."
+            f"{manifest.source}: {alone}; expected some of another patient, to be held out for choosing the "
+            "checkpoint. Add images, or rows of split val."
         )
     return (
         replace(manifest, samples=tuple(row for row in manifest if row in train)),
         replace(manifest, samples=tuple(replace(row, split="val") for row in manifest if row in held_out)),
+    )
+
+
+def normals_to_train_on(manifest: Manifest) -> Manifest:
+    """The normal rows of split "train" of all tasks, in manifest order.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    chosen = {row for task in manifest.tasks for row in _normal_training_rows(manifest, task)}
+    if not chosen:
+        raise _no_normals(manifest)
+    return replace(manifest, samples=tuple(row for row in manifest if row in chosen))
+
+
+def _no_normals(manifest: Manifest) -> ConfigError:
+    """The refusal of a data set without a normal training image."""
+    return ConfigError(
+        f"{manifest.source}: no normal image of split train. Give a folder of normal images, or a table whose normal "
+        "images have split train."
     )
 
 

@@ -19,7 +19,7 @@ from anatomaly.detector.detector import Detector
 from anatomaly.detector.device import choose_device
 from anatomaly.detector.facts import TEACHERS, ModelFacts
 from anatomaly.errors import ConfigError
-from anatomaly.evaluation.protocols import split_normals
+from anatomaly.evaluation.protocols import normals_to_train_on, split_normals
 from anatomaly.files import read_json, write_whole
 from anatomaly.methods import METHODS, build_method
 from anatomaly.presets import load_preset
@@ -50,7 +50,8 @@ def fit(
 
     Args:
         manifest: Rows of split "train" (normal) are trained on, normal rows of split "val" choose the checkpoint; a
-            task without these gives up a share of its training rows.  Rows of split "test" are never touched.
+            task without these gives up a share of its training rows.  Rows of split "test" are never touched.  A method
+            that learns from nothing takes no more from them than intensity rules.
         out: Folder of the bundle; training state and progress go to its subfolder `training`.
         config: All settings; None takes the default preset, as `anatomaly fit` does.
         teachers: Frozen backbones of your own, instead of those that `config` names; see `Teacher.of_module`.
@@ -59,7 +60,7 @@ def fit(
         The trained detector, without support.
 
     Raises:
-        ConfigError: Too few images for the shots, or `out` holds a run with other settings or data.
+        ConfigError: No normal image, too few for the shots, or `out` holds a run with other settings or data.
         ReadError: A training image cannot be read.
         WeightsError: The teacher's weights cannot be had.
         OutputError: `out` cannot be written.
@@ -71,7 +72,9 @@ def fit(
         config = replace(config, teacher=own[0], global_teacher=own[1] if own[1:] else config.global_teacher)
     device, precision = choose_device(config.training.device), config.training.precision
     manifest = _in_order(manifest).with_hashes()
-    train, held_out = split_normals(manifest, validation=config.training.validation, seed=config.training.seed)
+    train, held_out = normals_to_train_on(manifest), replace(manifest, samples=())
+    if record.trained:
+        train, held_out = split_normals(manifest, validation=config.training.validation, seed=config.training.seed)
     built = teachers_of(config) if teachers is None else list(teachers)
     _check_size(built, config)
     method = build_method(config.method.name, built, config.method.settings, seed=config.training.seed)
@@ -79,7 +82,7 @@ def fit(
         logger.info("%s: this run is finished already, nothing to train.", out)
         return Detector.load(out, device=device, precision=precision, teachers=teachers)
     rules = _resolve(config, train)
-    facts = ModelFacts.of(config.method, method, _training_facts(config, manifest, train))
+    facts = ModelFacts.of(config.method, method, _training_facts(config, manifest, train) if record.trained else None)
     prepare = Preparation(config.preprocessing, rules, device)
     if record.trained and config.training.epochs > 0:
         method.to(device)

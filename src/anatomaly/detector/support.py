@@ -1,0 +1,62 @@
+"""The files of a support: which are refused, and how they become the network's input."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from anatomaly.data.layouts import rows_of
+from anatomaly.data.transforms import load
+from anatomaly.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from anatomaly.types import Preprocessing, Sample
+
+
+def support_samples(images: Iterable[str | Path | Sample], task: str) -> list[Sample]:
+    """Rows of the images given as support.
+
+    Args:
+        images: Files or manifest rows.
+        task: Name of the task of images given as files.
+
+    Raises:
+        ConfigError: There is none, or one is labelled anomalous.
+    """
+    samples = list(rows_of(images, task=task))
+    if not samples:
+        raise ConfigError("support: got no images, expected at least 1 normal image. Check the support folder.")
+    if anomalous := [sample.name for sample in samples if sample.label == 1]:
+        raise ConfigError(f"support: {anomalous[0]} is labelled anomalous, expected normal images only. Leave it out.")
+    return samples
+
+
+def read_support(samples: Sequence[Sample], preprocessing: Preprocessing) -> tuple[Tensor, tuple[str, ...]]:
+    """Read the images of a support.
+
+    Args:
+        samples: K rows.
+        preprocessing: With a fixed intensity rule.
+
+    Returns:
+        (K, 3, H, W) float32 in [0, 1], and K entries `digest#frame` as `SupportBank.sha256` has them.
+
+    Raises:
+        ReadError: An image cannot be read.
+        ConfigError: The same image is given twice.
+    """
+    inputs, digests = [], []
+    for sample in samples:
+        pixels, _, image = load(sample, preprocessing)
+        inputs.append(torch.from_numpy(pixels))
+        digests.append(f"{image.sha256}#{sample.frame or 0}")
+    if len(set(digests)) < len(digests):
+        twice = next(s.name for s, d in zip(samples, digests, strict=True) if digests.count(d) > 1)
+        raise ConfigError(f"support: {twice} is given twice, expected K different images. Remove the copies.")
+    return torch.stack(inputs), tuple(digests)
