@@ -1,0 +1,72 @@
+"""Find the support image that does not belong: every one judged by the others.
+
+Scores of normal images of one kind differ by a factor, so their logarithms are compared: each with the mean of the
+others, in units of a spread to which the others' own and the usual one of kinds of images both contribute (a moderated
+t-test, corrected for the number of supports).  `benchmarks/support_screening.py` measures what it finds.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+#: The usual spread of the logarithms, and for how many observations it counts; rounded from eleven real sets.
+_SPREAD, _COUNTS = 0.1, 4
+#: A score below this share of the median says that another support is nearly the same image.
+_TWIN = 0.5
+_ALPHA = 0.05
+
+
+class Screened(NamedTuple):
+    """One support beside the others.
+
+    Attributes:
+        score: Its image score, judged by the other K - 1.
+        ratio: That score over the geometric mean of the others'.
+        p_value: Of K supports that all belong, how often at least one would stand out so much.
+        odd: Whether it stands out, at 5 %.
+        twin: Whether another support is nearly the same image.
+    """
+
+    score: float
+    ratio: float
+    p_value: float
+    odd: bool
+    twin: bool
+
+
+def screen(scores: Sequence[float]) -> tuple[Screened, ...]:
+    """Say of every support whether it stands out.
+
+    Args:
+        scores: `SupportBank.normal_scores`: K, each of a support judged by the others, at least 0.
+
+    Returns:
+        One entry per score; none where there are fewer than three, for of two images neither is the odd one.
+
+    Example:
+        >>> [one.odd for one in screen([0.20, 0.21, 0.19, 0.45])]
+        [False, False, False, True]
+    """
+    from scipy.stats import t as student
+
+    k = len(scores)
+    if k < 3:
+        return ()
+    values = np.asarray(scores, dtype=np.float64)
+    floor = _TWIN * max(float(np.median(values)), 1e-12)
+    logs = np.log(np.maximum(values, floor))  # or a pair of twins would hide everything else
+    found = []
+    for number, score in enumerate(values.tolist()):
+        others = np.delete(logs, number)
+        above = logs[number] - others.mean()
+        freedom = _COUNTS + k - 2
+        variance = (_COUNTS * _SPREAD**2 + (k - 2) * others.var(ddof=1)) / freedom
+        p_value = min(1.0, k * float(student.sf(above / math.sqrt(variance * k / (k - 1)), freedom)))
+        found.append(Screened(score, math.exp(above), p_value, p_value < _ALPHA, score < floor))
+    return tuple(found)
