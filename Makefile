@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check install clean
+.PHONY: demo test check install docs notebooks clean
 
 install: .venv/.installed
 
@@ -23,5 +23,18 @@ check: install  ## lint, format, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+.venv/.docs: .venv/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	touch $@
+
+docs: .venv/.docs  ## the pages as a site, build/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+notebooks: .venv/.docs  ## run docs/notebooks again and keep what they give
+	rm -rf build/notebooks && mkdir -p build && cp -r docs/notebooks build/
+	PYTHONWARNINGS=ignore $(BIN)/jupyter nbconvert --to notebook --execute --inplace --log-level ERROR \
+		--ExecutePreprocessor.record_timing=False build/notebooks/*.ipynb
+	cp build/notebooks/*.ipynb docs/notebooks/
+
 clean:
-	rm -rf .venv demo
+	rm -rf .venv build demo
