@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -574,6 +575,25 @@ def test_a_lone_task_is_trained_with_drawn_ones(run, world, tmp_path, monkeypatc
     before = (tmp_path / "model/weights.safetensors").stat().st_mtime_ns
     assert run(*words).code == 0
     assert (tmp_path / "model/weights.safetensors").stat().st_mtime_ns == before, "a finished run was repeated"
+
+
+# --- a support that does not belong ---
+
+
+def test_support_check_finds_the_image_of_another_kind(run, refused, world, tmp_path):
+    folder = tmp_path / "supports"
+    shutil.copytree(world / "normals", folder)
+    code, out, _ = run("support", "check", folder)
+    assert code == 0
+    assert "None stands out" in out
+    (folder / "other.png").write_bytes(next((world / "ph/histology/train/normal").iterdir()).read_bytes())
+    code, out, err = run("support", "check", folder)
+    assert code == 1
+    assert err.splitlines()[-1].startswith("anatomaly: other.png stands out.")
+    assert re.search(r"other\.png .*look at it", out)
+    assert "2 normal images, expected at least 3" in refused("support", "check", folder, "--shots=2")
+    words = ("predict", "--support", folder, "--images", world / "normals/0.png", "--out", tmp_path / "out")
+    assert "other.png stands out among the support images" in run(*words).err
 
 
 # --- evaluate, import, demo ---

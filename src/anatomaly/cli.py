@@ -11,7 +11,20 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from anatomaly._version import __version__
-from anatomaly.commands import audit, benchmark, calibrate, data, demo, evaluate, explain, export, fit, predict, release
+from anatomaly.commands import (
+    audit,
+    benchmark,
+    calibrate,
+    data,
+    demo,
+    evaluate,
+    explain,
+    export,
+    fit,
+    predict,
+    release,
+    support,
+)
 from anatomaly.commands.console import fail, instantiated, never_fail_to_print
 from anatomaly.errors import AnatomalyError, ConfigError
 
@@ -238,6 +251,9 @@ COMMANDS = {
     "fit": Command("Train a model on normal images of several tasks.", fit.fit_arguments, fit.run_fit, layered=True),
     "predict": Command(
         "Judge images against K normal ones and write a report.", predict.predict_arguments, predict.run_predict
+    ),
+    "support check": Command(
+        "Say which of K normal images does not belong with the others.", support.check_arguments, support.run_check
     ),
     "calibrate": Command(
         "Turn scores into p-values, from images known to be normal.",

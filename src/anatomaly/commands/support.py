@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from anatomaly.commands.arguments import load_detector, model_arguments, support_rows
 from anatomaly.commands.console import fail, say
@@ -12,6 +12,8 @@ from anatomaly.tables import Table
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
+
+    from anatomaly.detector.screening import Screened
 
 
 def check_arguments(parser: ArgumentParser) -> None:
@@ -37,7 +39,7 @@ def run_check(options: Namespace) -> int:
     screened = screen(bank.normal_scores)
     order = sorted(range(len(rows)), key=lambda k: -screened[k].ratio)
     cells = [
-        (bank.names[k], f"{one.score:.4g}", f"{one.ratio:.2f}", f"{one.p_value:.2g}", "look at it" if one.odd else "")
+        (bank.names[k], f"{one.score:.4g}", f"{one.ratio:.2f}", f"{one.p_value:.2g}", remark_on(one))
         for k, one in ((k, screened[k]) for k in order)
     ]
     columns = ("support", "score", "times the others'", "p", "")
@@ -47,3 +49,8 @@ def run_check(options: Namespace) -> int:
         say("None stands out. A set that is wrong as a whole cannot be told from this.")
         return 0
     return fail(f"{odd[0]} stands out. Look at it; if it does not belong, take it away and check again.", code=1)
+
+
+def remark_on(one: Screened) -> str:
+    """What a person should do about a support, or nothing."""
+    return "look at it" if one.odd else "nearly the same as another" if one.twin else ""
