@@ -297,7 +297,7 @@ class Killed(BaseException):
 
 
 def test_a_killed_table_goes_on_at_the_cell_it_was_killed_in(finished, phantom, tmp_path, work, monkeypatch):
-    def killed_at_the_first_step(name, done, total):
+    def killed_at_the_first_step(running, done, total):
         if done == 1:
             raise Killed
 

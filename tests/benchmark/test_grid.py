@@ -208,7 +208,7 @@ def test_what_is_finished_is_not_run_again(finished, work):
     steps = []
     assert run_grid(whole, out, on_step=lambda *step: steps.append(step)) == []
     assert work == []
-    assert steps == [("finished before", 16, 16)]
+    assert steps == [((), 16, 16)]
     assert contents(out) == before
 
 

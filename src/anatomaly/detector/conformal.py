@@ -251,13 +251,17 @@ def best_fit(calibrations: Sequence[Calibration], wanted: Calibration) -> tuple[
     """The calibration for a setting, and one line to say about it.
 
     Args:
-        calibrations: Those stored.
+        calibrations: Those stored.  Of several that fit, one on held-out images comes before the support's own, then
+            the one on more units.
         wanted: As in `misfit`.
 
     Returns:
         The calibration, or None; the line says why there is none and is empty where nothing was ever calibrated.
     """
-    found = sorted(((misfit(each, wanted), each) for each in calibrations), key=lambda pair: len(pair[0]))
+    found = sorted(
+        ((misfit(each, wanted), each) for each in calibrations),
+        key=lambda pair: (len(pair[0]), pair[1].kind != "held-out", -pair[1].n),
+    )
     if not found:
         return None, ""
     differences, nearest = found[0]

@@ -280,10 +280,19 @@ class Detector:
         check_bank(bank, self.method)
         return replace(bank, tensors={key: tensor.to(self.device) for key, tensor in bank.tensors.items()})
 
-    def calibrate_with(self, calibration: Calibration) -> Detector:
-        """Take a calibration up, in place of an earlier one of the same setting."""
-        others = (each for each in self.calibrations if misfit(each, calibration))
-        self.calibrations = (*others, calibration)
+    def calibrate_with(self, calibration: Calibration, *, replace_all: bool = False) -> Detector:
+        """Take a calibration up; an earlier one of the same setting that is better stays, and stays in use.
+
+        Args:
+            calibration: The new one, in place of those of the same setting and kind on no more units.
+            replace_all: In place of all of the same setting.
+        """
+
+        def stays(each: Calibration) -> bool:
+            better = each.kind != calibration.kind or each.n > calibration.n
+            return bool(misfit(each, calibration)) or (better and not replace_all)
+
+        self.calibrations = (*filter(stays, self.calibrations), calibration)
         return self
 
     def save_calibrations(self, bundle: str | Path) -> None:
