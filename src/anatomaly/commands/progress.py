@@ -98,7 +98,7 @@ def _lines(name: str, screen: Console, clock: Callable[[], float]) -> Iterator[P
         if clock() - said >= _EVERY:
             said = clock()
             with contextlib.suppress(OSError):  # who reads it may have gone
-                screen.print(f"{name}: {progress}", markup=False, highlight=False, soft_wrap=True)
+                print(f"{name}: {progress}", file=screen.file, flush=True)
 
     yield Progress(name, show, clock)
 

@@ -104,16 +104,16 @@ def begin(out: Path, facts: Mapping[str, Any]) -> bool:
         OutputError: As `refuse_finished`; or it holds an unfinished run of something else, or cannot be written to.
     """
     found = _unfinished(out)
-    left = [] if found is None else [each for kind in (".", "maps", "overlays") for each in (out / kind).glob("*")]
-    if found not in (None, facts) and any(_is_result(file) for file in left):
+    left = [] if found is None else [each for kind in ("maps", "overlays") for each in (out / kind).glob("*")]
+    whole = [file for file in left if file.suffix != ".part"]
+    if found not in (None, facts) and (whole or _size(out / "scores.jsonl")):
         other = [words for name, words in _OTHER.items() if found.get(name) != facts[name]]
         raise OutputError(
             f"{out}: holds an unfinished run with {', '.join(other)}. Give the same as before to go on with it. Else "
             "choose another output folder, or remove this one."
         )
-    for file in left:
-        if file.suffix == ".part":  # cut off while it was written
-            file.unlink(missing_ok=True)
+    for file in set(left).difference(whole):  # cut off while they were written
+        file.unlink(missing_ok=True)
     if found != facts:
         _write(out, facts, finished=False)
     return found == facts
@@ -179,11 +179,8 @@ def _unfinished(out: Path) -> dict[str, Any] | None:
     return facts
 
 
-def _is_result(file: Path) -> bool:
-    """Whether a file of an unfinished run holds a row, a map or an overlay as a whole."""
-    if file.suffix in (".npy", ".gz", ".png"):
-        return True
-    return file.name == "scores.jsonl" and file.stat().st_size > 0
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
 
 
 def _write(out: Path, facts: Mapping[str, Any], *, finished: bool) -> None:
