@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +24,8 @@ COLUMNS = (
     *("path", "frame", "task", "label", "score", "status", "error", "seconds", "map", "overlay", "p_value", "note"),
     "map_volume",
 )
+
+_PNG_END = b"IEND\xaeB`\x82"
 
 
 class Stored(NamedTuple):
@@ -148,10 +151,12 @@ def _has_files(out: Path, row: Mapping[str, Any]) -> bool:
     if row["overlay"] is None:
         return True
     try:
-        picture: bytes = (out / row["overlay"]).read_bytes()
+        with (out / row["overlay"]).open("rb") as picture:
+            picture.seek(-len(_PNG_END), os.SEEK_END)
+            end: bytes = picture.read()
     except OSError:
         return False
-    return picture.endswith(b"IEND\xaeB`\x82")  # how a PNG ends
+    return end == _PNG_END
 
 
 def map_shape(file: Path) -> tuple[int, ...] | None:
