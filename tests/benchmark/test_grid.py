@@ -229,7 +229,11 @@ def test_a_run_that_was_killed_goes_on_where_it_stopped(finished, tmp_path, work
     survived = {cell for cell in whole.cells() if (cell.folder(tmp_path) / CELL).exists()}
     assert len(survived) == 5
     work.clear()
-    run_grid(whole, tmp_path)
+    steps = []
+    run_grid(whole, tmp_path, on_step=lambda *step: steps.append(step))
+    assert [step[1:] for step in steps] == [(done, 16) for done in range(5, 17)]
+    left = [cell.name for cell in whole.cells() if cell not in survived]
+    assert [name for running, *_ in steps for name in running] == left, "one at a time, in order"
     again = [cell for name, cell in work if name == "_run_cell"]
     assert len(again) == 11
     assert not survived.intersection(again)
