@@ -271,6 +271,22 @@ def best_fit(calibrations: Sequence[Calibration], wanted: Calibration) -> tuple[
     return nearest, f"p-values: {describe(nearest)}"
 
 
+def beside(calibrations: Sequence[Calibration], new: Calibration, *, replace_all: bool) -> tuple[Calibration, ...]:
+    """A new calibration and those that stay beside it: of other settings, and better ones of its own.
+
+    Args:
+        calibrations: Those of before.
+        new: It takes the place of those of the same setting and kind on no more units.
+        replace_all: It takes the place of all of the same setting.
+    """
+
+    def stays(each: Calibration) -> bool:
+        better = each.kind != new.kind or each.n > new.n
+        return bool(misfit(each, new)) or (better and not replace_all)
+
+    return (*filter(stays, calibrations), new)
+
+
 def with_p_value(prediction: Prediction, bank: SupportBank, calibration: Calibration | None) -> Prediction:
     """Add the p-value, or a note where the model has seen the very image.
 

@@ -28,7 +28,7 @@ from anatomaly.detector.bundle import (
     save_calibrations,
 )
 from anatomaly.detector.checks import check_bank, check_model
-from anatomaly.detector.conformal import best_fit, misfit, with_p_value
+from anatomaly.detector.conformal import beside, best_fit, with_p_value
 from anatomaly.detector.device import choose_device
 from anatomaly.detector.facts import TEACHERS, model_hash
 from anatomaly.detector.support import read_support, support_samples
@@ -287,12 +287,7 @@ class Detector:
             calibration: The new one, in place of those of the same setting and kind on no more units.
             replace_all: In place of all of the same setting.
         """
-
-        def stays(each: Calibration) -> bool:
-            better = each.kind != calibration.kind or each.n > calibration.n
-            return bool(misfit(each, calibration)) or (better and not replace_all)
-
-        self.calibrations = (*filter(stays, self.calibrations), calibration)
+        self.calibrations = beside(self.calibrations, calibration, replace_all=replace_all)
         return self
 
     def save_calibrations(self, bundle: str | Path) -> None:
