@@ -109,3 +109,34 @@ def test_what_is_no_regular_file_is_never_opened(tmp_path):
             read_json(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         require_file(tmp_path / "missing")
+
+
+def test_files_that_are_gone_on_with_lose_what_follows_what_is_kept(tmp_path):
+    (tmp_path / "a").write_bytes(b"one\ntw")
+    files = Appender([tmp_path / "a", tmp_path / "b"], keep=(4, 0))
+    files.append(b"2\n", b"B\n")
+    files.close()
+    assert [(tmp_path / name).read_bytes() for name in "ab"] == [b"one\n2\n", b"B\n"]
+
+
+class Interrupting(bytes):
+    """Bytes whose length is asked for after they are written, when Ctrl-C comes."""
+
+    def __len__(self):
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_leaves_whole_rows_and_no_half_of_a_file(tmp_path, monkeypatch):
+    files = Appender([tmp_path / "a", tmp_path / "b"])
+    files.append(b"1\n", b"A\n")
+    with pytest.raises(KeyboardInterrupt):
+        files.append(b"2\n", Interrupting(b"B\n"))
+    assert [(tmp_path / name).read_bytes() for name in "ab"] == [b"1\n", b"A\n"]
+
+    def interrupt(path, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pathlib.Path.replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(tmp_path / "c", b"new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]

@@ -33,30 +33,35 @@ def write_whole(path: Path, content: bytes | str, *, kept: str = "") -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
         part.replace(path)
-    except OSError as err:
+    except BaseException as err:  # Ctrl-C too
         with contextlib.suppress(OSError):  # the first failure is the one to report
             part.unlink(missing_ok=True)
-        raise output_error(path, err, kept=kept) from err
+        if isinstance(err, OSError):
+            raise output_error(path, err, kept=kept) from err
+        raise
 
 
 class Appender:
-    """New files that grow together: what `append` was given is on disk when it returns, or nothing of it.
+    """Files that grow together: what `append` was given is on disk when it returns, or nothing of it.
 
     Attributes:
         paths: The files.
     """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        """Make the files, and their folders where missing.
+    def __init__(self, paths: Sequence[Path], *, keep: Sequence[int] | None = None) -> None:
+        """Make the files, and their folders where missing, or go on with those that are there.
 
         Args:
             paths: At least one; should the machine die within an `append`, the first ones are the fuller record.
+            keep: Bytes of each file to go on after; what follows them is cut off.  None where none may be there.
 
         Raises:
             OutputError: One of them exists already or cannot be made.
         """
         self.paths = tuple(paths)
-        self._files = [self._new(path) for path in paths]
+        self._files = [self._new(path) for path in paths] if keep is None else []
+        for path, size in zip(paths, keep or (), strict=keep is not None):
+            self._files.append(self._there(path, size))
 
     @staticmethod
     def _new(path: Path) -> io.FileIO:
@@ -67,6 +72,16 @@ class Appender:
             if path.exists():
                 raise OutputError(f"{path}: already exists. Choose another output folder, or remove this one.") from err
             raise output_error(path, err) from err
+
+    @staticmethod
+    def _there(path: Path, size: int) -> io.FileIO:
+        try:
+            file = io.FileIO(path, "ab")
+            file.truncate(size)
+            file.seek(0, os.SEEK_END)
+        except OSError as err:
+            raise output_error(path, err) from err
+        return file
 
     def close(self) -> None:
         """Close the files."""
@@ -88,11 +103,13 @@ class Appender:
             for file, path, content in zip(self._files, self.paths, contents, strict=True):  # noqa: B007
                 if file.write(content) < len(content):  # a full disk takes the part that still fits
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as err:
+        except BaseException as err:  # Ctrl-C too
             for file, end in zip(self._files, ends, strict=True):
                 file.seek(end)
                 file.truncate()
-            raise output_error(path, err, kept=kept) from err
+            if isinstance(err, OSError):
+                raise output_error(path, err, kept=kept) from err
+            raise
 
 
 def require_file(path: Path) -> int:

@@ -27,7 +27,7 @@ from anatomaly.errors import ManifestError, NotReadyError, ReadError
 from anatomaly.evaluation.cells import write_evaluations
 from anatomaly.evaluation.evaluate import evaluate
 from anatomaly.evaluation.metrics import bootstrap
-from anatomaly.results.writer import COLUMNS
+from anatomaly.results.rows import COLUMNS
 from anatomaly.synthetic.phantom import write_benchmark
 from anatomaly.types import Sample, Scoring
 

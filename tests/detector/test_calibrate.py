@@ -221,6 +221,43 @@ def test_the_order_of_the_supports_does_not_matter_and_calibrating_again_replace
     assert detector.find_calibration()[0].n == 19
 
 
+def test_a_better_calibration_stays_in_use_and_the_other_is_kept_beside_it(make_detector, normals, tmp_path):
+    detector, supports = make_detector("nearest"), normals[:4]
+    held_out, _ = calibrate(detector.set_support(supports, task="head_ct"), normals[4:])
+    own, _ = calibrate_on_support(detector, supports, task="head_ct")
+    fewer, _ = calibrate(detector, normals[4:9])
+    assert set(detector.calibrations) == {held_out, own, fewer}
+    assert detector.find_calibration()[0] is held_out
+    detector.save(tmp_path / "model")
+    loaded = type(detector).load(tmp_path / "model", device="cpu").set_support(supports, task="head_ct")
+    assert loaded.find_calibration()[0] == held_out
+    assert calibrate(detector, normals[4:])[0] is detector.find_calibration()[0]
+    assert len(detector.calibrations) == 2, "as many of the same kind take the place of both"
+
+
+@pytest.mark.parametrize("kind", ["held-out", "leave-one-out"])
+def test_a_worse_calibration_takes_the_place_of_a_better_one_where_it_is_asked_to(make_detector, normals, kind):
+    detector, supports = make_detector("nearest"), normals[:4]
+    calibrate(detector.set_support(supports, task="head_ct"), normals[4:])
+    if kind == "held-out":
+        calibrate(detector, normals[4:9], replace_all=True)
+    else:
+        calibrate_on_support(detector, supports, task="head_ct", replace_all=True)
+    assert [(each.kind, each.n) for each in detector.calibrations] == [(kind, 5 if kind == "held-out" else 4)]
+
+
+@pytest.mark.usefixtures("supports", "normals", "queries")
+def test_calibrate_says_which_calibration_is_in_use(run, model, folder):
+    words = ("calibrate", "--model", model, "--support", folder / "supports", "--task", "head_ct")
+    assert "In use: this calibration, where" in run(*words, "--normals", folder / "normals")[1]
+    out = run(*words)[1]
+    assert "In use: still the better one of before, 19 normal images held out; smallest possible 0.05. With --re" in out
+    assert "In use: this calibration, where" in run(*words, "--replace")[1]
+    images = ("--images", folder / "queries", "--out", model.parent / "out")
+    out = run("predict", *map(str, words[1:]), *images)[1]
+    assert out.startswith("p-values: 3 normal images of the support")
+
+
 def test_a_calibration_stays_with_bundle_and_bank(detector, supports, normals, queries, tmp_path):
     detector.save(tmp_path / "model")
     calibrate(detector, normals)

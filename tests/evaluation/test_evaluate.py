@@ -624,3 +624,11 @@ def test_a_multi_class_model_is_also_judged_over_all_tasks(phantom, make_detecto
     assert "K" not in table.columns
     assert [row[0] for row in table.rows] == [*tasks, "all tasks"]
     assert "support draws" not in table.note
+
+
+@pytest.mark.parametrize("rule", ["range", "percentile"])
+def test_every_test_row_is_told_once_when_it_is_done(rule, phantom, make_detector):
+    low, high = (0, 255) if rule == "range" else (1, 99)
+    detector, told = make_detector("nearest", intensity=Intensity(rule, low, high)), []
+    evaluate(detector, phantom, task="head_ct", shots=[2], draws=2, batch_size=3, on_progress=told.append)
+    assert told == list(phantom.select(task="head_ct", split="test").samples)

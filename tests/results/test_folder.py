@@ -119,7 +119,8 @@ def test_the_rows_are_those_of_predict_and_pictures_can_be_left_out(detector, te
     assert [row["label"] for row in rows] == [p.sample.label for p in expected]
     weights = [[row[f"weight_{k}"] for k in range(3)] for row in rows]
     np.testing.assert_allclose(weights, [p.support_weights.mean(axis=0) for p in expected], atol=1e-6)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.html", "scores.csv", "scores.jsonl"]
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert written == ["report.html", "run.json", "scores.csv", "scores.jsonl"]
 
 
 def test_the_report_says_what_the_run_was(detector, supports, tests, tmp_path):
@@ -205,9 +206,9 @@ def full_disk(monkeypatch, room):
     monkeypatch.setattr(Path, "write_bytes", write)
 
 
-@pytest.mark.parametrize("room", [4, 5])
+@pytest.mark.parametrize("room", [6, 7])
 def test_a_full_disk_leaves_complete_rows(detector, tests, tmp_path, monkeypatch, room):
-    full_disk(monkeypatch, room)  # a map and an overlay per image: the third image fails at its map or its overlay
+    full_disk(monkeypatch, room)  # run.json, scores.csv, two files per image: the third fails at its map or its overlay
     with pytest.raises(OutputError, match=r"no space left.*2 rows written so far are complete.*Free some space"):
         predict_to_folder(detector, tests, tmp_path / "out", batch_size=4)
     monkeypatch.undo()
@@ -221,7 +222,7 @@ def test_a_full_disk_leaves_complete_rows(detector, tests, tmp_path, monkeypatch
 
 
 def test_a_full_disk_at_the_report_leaves_all_rows(detector, tests, tmp_path, monkeypatch):
-    full_disk(monkeypatch, 0)
+    full_disk(monkeypatch, 2)  # run.json and the head of scores.csv
     with pytest.raises(OutputError, match=r"report\.html.*no space left"):
         predict_to_folder(detector, tests, tmp_path / "out", maps=False, overlays=False)
     monkeypatch.undo()

@@ -700,3 +700,25 @@ def test_a_damaged_record_of_a_run_is_named(scans, tmp_path, text):
     (tmp_path / "training" / "run.json").write_text(text)
     with pytest.raises(ConfigError, match=r"run\.json: is damaged\. Choose another --out or delete"):
         fit(scans, tmp_path, settings(epochs=1))
+
+
+def test_images_read_and_steps_trained_are_told_also_of_a_run_that_goes_on(scans, tmp_path, monkeypatch, one_teacher):
+    told, out = [], tmp_path / "model"
+    fit_until_killed(scans, out, settings(epochs=3), monkeypatch)
+    fit(scans, out, settings(epochs=3), on_progress=lambda *step: told.append(step))
+    images = [step for step in told if step[2] == "images"]
+    steps = [step for step in told if step[2] == "steps"]
+    assert told == images + steps
+    assert images[-1][0] == images[-1][1] > 0
+    each = steps[-1][1] // 3
+    assert [done for done, _, _ in steps] == list(range(each, 3 * each + 1))
+
+
+def test_a_method_that_learns_from_nothing_tells_what_it_reads(scans, tmp_path, one_teacher):
+    config, told = replace(settings(), method=MethodConfig("nearest")), []
+    fit(scans, tmp_path / "a", config, on_progress=lambda *step: told.append(step))
+    assert told == []
+    rule = replace(SMALL, intensity=Intensity("percentile", 1, 99))
+    fit(scans, tmp_path / "b", replace(config, preprocessing=rule), on_progress=lambda *step: told.append(step))
+    images = len(told) // 2
+    assert told == [(done, images, "images") for done in range(1, images + 1)] * 2

@@ -20,7 +20,7 @@ from anatomaly.data.words import label_of
 from anatomaly.errors import ConfigError, ManifestError, ReadError
 from anatomaly.evaluation.cells import SCORES
 from anatomaly.evaluation.protocols import samples_to_test
-from anatomaly.results.writer import COLUMNS
+from anatomaly.results.rows import COLUMNS
 from anatomaly.types import Scoring
 
 if TYPE_CHECKING:

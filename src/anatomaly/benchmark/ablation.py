@@ -115,7 +115,7 @@ def run_ablation(
     shots: int = 4,
     draws: int = 5,
     jobs: int = 1,
-    on_step: Callable[[str, int, int], None] = lambda name, done, total: None,
+    on_step: Callable[[Sequence[str], int, int], None] = lambda running, done, total: None,
 ) -> tuple[list[AblationRow], list[Failure]]:
     """Train and judge every row on every task with every seed; cells that are finished in `out` are not redone.
 

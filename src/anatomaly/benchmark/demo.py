@@ -18,6 +18,7 @@ from anatomaly.synthetic.phantom import write_benchmark
 from anatomaly.training.fit import fit
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -26,12 +27,18 @@ _TASK = "head_ct"
 _SHOTS = (2, 4, 8)
 
 
-def demo(out: Path, *, seed: int = 0) -> tuple[Path, list[tuple[str, Evaluation]]]:
+def demo(
+    out: Path,
+    *,
+    seed: int = 0,
+    on_progress: Callable[[int, int, str], None] = lambda done, total, unit: None,
+) -> tuple[Path, list[tuple[str, Evaluation]]]:
     """Run the whole chain on built-in images.
 
     Args:
         out: Folder for data, models, results and report; one that holds a report already is refused.
         seed: Of the images, the training and the draws.
+        on_progress: Called by each `fit`.
 
     Returns:
         The report, and (method, evaluation) pairs of the methods that are compared, at 2, 4 and 8 shots.
@@ -48,7 +55,12 @@ def demo(out: Path, *, seed: int = 0) -> tuple[Path, list[tuple[str, Evaluation]
     others = manifest.select(task=[task for task in manifest.tasks if task != _TASK])
     configs = {config.method.name: config for config in map(load_preset, DEMO_PRESETS)}
     detectors = {
-        name: fit(others, out / "models" / name, replace(config, training=replace(config.training, seed=seed)))
+        name: fit(
+            others,
+            out / "models" / name,
+            replace(config, training=replace(config.training, seed=seed)),
+            on_progress=on_progress,
+        )
         for name, config in configs.items()
     }
     logger.info("Judging %s, which nobody trained on, at %s shots ...", _TASK, ", ".join(map(str, _SHOTS)))

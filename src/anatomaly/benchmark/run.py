@@ -44,7 +44,11 @@ class Failure:
 
 
 def run_grid(
-    grid: Grid, out: Path, *, jobs: int = 1, on_step: Callable[[str, int, int], None] = lambda name, done, total: None
+    grid: Grid,
+    out: Path,
+    *,
+    jobs: int = 1,
+    on_step: Callable[[Sequence[str], int, int], None] = lambda running, done, total: None,
 ) -> list[Failure]:
     """Run all cells that are not finished yet.
 
@@ -52,7 +56,8 @@ def run_grid(
         grid: What to run.
         out: Folder; `supports.json` (few_shot) and `cells/` are written to it, trained models to `models/`.
         jobs: Processes; the machine's cores are shared out among them.
-        on_step: Called with a name and how many of how many steps are done, after each cell and each training.
+        on_step: Called with what runs now and how many of how many cells are done: at the start, and after each cell
+            and each training.
 
     Returns:
         The cells that failed; all others are finished.
@@ -69,10 +74,10 @@ def run_grid(
     todo = [cell for cell in keys if not _finished(cell.folder(out), keys[cell])]
     entries = {entry.name: entry for entry in grid.entries}
     trainings = {cell.model(out): cell for cell in todo if entries[cell.entry].trained}
-    total, done = len(keys) + len(trainings), len(keys) - len(todo)
-    on_step("finished before", done, total)
+    total, done = len(keys), len(keys) - len(todo)
     reasons: dict[Cell, str] = {}
     if not todo:
+        on_step((), done, total)
         return []
     if lists:
         write_support_lists(lists, out / "supports.json")
@@ -80,6 +85,9 @@ def run_grid(
     start = (jobs, decoded_limit())
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=start) as pool:
         waiting: dict[Future[None], tuple[str, list[Cell]]] = {}
+
+        def running() -> list[str]:  # jobs are begun in the order in which they were submitted
+            return [name for name, _ in list(waiting.values())[:jobs]]
 
         def submit(cell: Cell) -> None:
             job = pool.submit(_run_cell, grid, cell, lists, out, keys[cell])
@@ -93,12 +101,13 @@ def run_grid(
                 cells = [cell for cell in todo if cell.model(out) == model and entries[cell.entry].trained]
                 job = pool.submit(_train, grid, first, model)
                 waiting[job] = (f"training of {first._replace(shots=0).name}", cells)
+            on_step(running(), done, total)
             while waiting:
                 finished, _ = wait(waiting, return_when=FIRST_COMPLETED)
                 for job in finished:
                     name, cells = waiting.pop(job)
                     trained = name.startswith("training of")
-                    done += 1
+                    done += 0 if trained else 1
                     try:
                         job.result()
                     except BrokenProcessPool:
@@ -110,7 +119,7 @@ def run_grid(
                     else:
                         for cell in cells if trained else ():
                             submit(cell)
-                    on_step(name, done, total)
+                    on_step(running(), done, total)
         except BrokenProcessPool:
             reason = "a process was killed, probably for want of memory. Run again with fewer --jobs."
             reasons |= {cell: reason for cell in todo if not _finished(cell.folder(out), keys[cell])}

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anatomaly.commands.arguments import load_detector, loading_arguments
-from anatomaly.commands.console import progress, say
+from anatomaly.commands.console import say
+from anatomaly.commands.progress import progress
 from anatomaly.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def run_audit(options: Namespace) -> int:
 def _of_files(options: Namespace, manifest: Any, task: str) -> Any:
     from anatomaly.audit.files import run_files
 
-    with progress(len(manifest.select(task=task, split="test"))) as advance:
+    with progress("audit", len(manifest.select(task=task, split="test"))) as advance:
         return run_files(
             Path(options.source),
             manifest,
@@ -84,7 +85,7 @@ def _of_model(options: Namespace, manifest: Any, task: str) -> Any:
         raise ConfigError("audit: a model has its own blur, pooling and size. Leave out --blur, --pooling and --size.")
     bundle = Path(options.source)
     detector = load_detector(options, bundle)
-    with progress(passes(bundle) * len(manifest.select(task=task, split="test"))) as advance:
+    with progress("audit", passes(bundle) * len(manifest.select(task=task, split="test"))) as advance:
         return run_model(
             detector,
             bundle,

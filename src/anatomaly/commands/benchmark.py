@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from anatomaly.commands.console import fail, instantiated
+from anatomaly.commands.progress import progress
 from anatomaly.errors import ConfigError
 from anatomaly.files import read_json
 
@@ -94,19 +95,12 @@ def run_grid(options: Namespace) -> int:
 
 
 @contextmanager
-def _steps() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on a terminal and lines elsewhere; yields what `run_grid` calls after every step."""
-    from rich.console import Console
-    from rich.progress import Progress
+def _steps() -> Iterator[Callable[[Sequence[str], int, int], None]]:
+    """Yields what `run_grid` calls after every step."""
+    with progress("benchmark") as told:
 
-    screen = Console(stderr=True)
-    with Progress(console=screen, disable=not screen.is_terminal, transient=True) as progress:
-        bar = progress.add_task("cells", total=None)
-
-        def step(name: str, done: int, total: int) -> None:
-            progress.update(bar, completed=done, total=total, description=name)
-            if not screen.is_terminal:
-                print(f"{done}/{total} {name}", flush=True)
+        def step(running: Sequence[str], done: int, total: int) -> None:
+            told.at(done, total, "cells", f"now {', '.join(running)}" if running else "")
 
         yield step
 

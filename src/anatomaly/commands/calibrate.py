@@ -13,7 +13,8 @@ from anatomaly.commands.arguments import (
     support_arguments,
     support_rows,
 )
-from anatomaly.commands.console import progress, tell_left_out
+from anatomaly.commands.console import tell_left_out
+from anatomaly.commands.progress import progress
 from anatomaly.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,13 +32,14 @@ def calibrate_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--normals", type=str, help="Folder or manifest of other normal images; without, the support.")
     support_arguments(parser)
     parser.add_argument("--out", type=str, help="Write the calibrated model to this new folder, not into --model.")
+    parser.add_argument("--replace", action="store_true", help="Also in place of a better calibration.")
     parser.add_argument("--check", type=str, help="Calibrate nothing: ask whether these normals still fit.")
 
 
 def run_calibrate(options: Namespace) -> int:
     """Run `calibrate`."""
     from anatomaly.detector.calibrate import calibrate, calibrate_on_support, check
-    from anatomaly.detector.conformal import misfit
+    from anatomaly.detector.conformal import describe
 
     _check_options(options)
     detector = load_detector(options)
@@ -45,7 +47,6 @@ def run_calibrate(options: Namespace) -> int:
     _check_support(options, detector)
     source = options.normals or options.check
     rows = None if source is None else normal_rows(detector, Path(source), options.task)
-    before = detector.calibrations
     supports: Any = []
     left_out: tuple[Any, ...] = ()
     if options.support is not None:
@@ -57,14 +58,21 @@ def run_calibrate(options: Namespace) -> int:
     elif rows is not None:
         detector.set_support(supports, task=options.task, intensity=options.intensity)
     if rows is None:
-        calibration, _ = calibrate_on_support(detector, supports, task=options.task, intensity=options.intensity)
+        calibration, _ = calibrate_on_support(
+            detector, supports, task=options.task, intensity=options.intensity, replace_all=options.replace
+        )
     else:
-        with progress(len(rows)) as advance:
+        with progress("calibrate", len(rows)) as advance:
             if options.check is not None:
                 tests, n = check(detector, rows, batch_size=options.batch_size, on_progress=advance)
             else:
                 calibration, left_out = calibrate(
-                    detector, rows, supports=supports, batch_size=options.batch_size, on_progress=advance
+                    detector,
+                    rows,
+                    supports=supports,
+                    batch_size=options.batch_size,
+                    replace_all=options.replace,
+                    on_progress=advance,
                 )
     if options.check is not None:
         print(
@@ -89,11 +97,12 @@ def run_calibrate(options: Namespace) -> int:
     if len(left_out) > _LISTED:
         print(f"left out: {len(left_out) - _LISTED} more")
     _print(calibration)
-    for earlier in before:
-        if not misfit(earlier, calibration):
-            print(f"This replaces the calibration on {len(earlier.scores)} {earlier.unit}s ({earlier.kind}).")
     print(f"Stored in {Path(folder) / 'calibration.json'}.")
-    print(f"predict --model {folder} uses it where all of this is the same.")
+    used = detector.find_calibration()[0]
+    if used is calibration:
+        print(f"In use: this calibration, where predict has --model {folder} and the same support and options.")
+    else:
+        print(f"In use: still the better one of before, {describe(used)} With --replace this one takes its place.")
     return 0
 
 

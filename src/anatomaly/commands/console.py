@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import io
+import signal
 import sys
-from typing import TYPE_CHECKING, Any
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from jsonargparse import ArgumentParser, Namespace
 
     from anatomaly.data.manifest import Manifest
@@ -48,18 +53,14 @@ def instantiated(parser: ArgumentParser, options: Namespace) -> Namespace:
     return found
 
 
-def progress(total: int) -> Any:
-    """A progress bar on a terminal, silence elsewhere; yields the function to call after every image."""
-    from contextlib import contextmanager
-
-    from rich.console import Console
-    from rich.progress import Progress
-
-    @contextmanager
-    def bar() -> Any:
-        console = Console(stderr=True)
-        with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
-            task = progress.add_task("images", total=total)
-            yield lambda _: progress.advance(task)
-
-    return bar()
+@contextmanager
+def ended_by_signal() -> Iterator[None]:
+    """Let a polite kill (SIGTERM) end the work as Ctrl-C does: with a KeyboardInterrupt."""
+    if threading.current_thread() is not threading.main_thread():  # no other may listen to signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from anatomaly.commands.progress import progress
+
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
@@ -29,7 +31,8 @@ def run_check(options: Namespace) -> int:
     if options.intensity is not None:
         check_intensity(options.intensity, "intensity")
     manifest = load_manifest(Path(options.data))
-    report = check_manifest(manifest, near=options.near, intensity=options.intensity)
+    with progress("data check", len(manifest)) as advance:
+        report = check_manifest(manifest, near=options.near, intensity=options.intensity, on_progress=advance)
     if options.csv:
         write_csv(manifest.with_hashes(), Path(options.csv))
     print(format_report(report))

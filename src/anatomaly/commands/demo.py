@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from anatomaly.commands.progress import progress
+
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
@@ -20,7 +22,8 @@ def run_demo(options: Namespace) -> int:
     from anatomaly.benchmark.demo import demo
     from anatomaly.evaluation.evaluation import table_of
 
-    report, results = demo(Path(options.out), seed=options.seed)
+    with progress("demo") as told:
+        report, results = demo(Path(options.out), seed=options.seed, on_progress=told.at)
     table_of(results, title="A task nobody trained on").print()
     print(f"Report: {report}")
     return 0

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from anatomaly.commands.arguments import load_detector, model_arguments
 from anatomaly.commands.console import say, tell_left_out
+from anatomaly.commands.progress import progress
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -33,17 +34,19 @@ def run_evaluate(options: Namespace) -> int:
     manifest = load_manifest(Path(options.data))
     tell_left_out(manifest)
     detector = load_detector(options)
-    results = []
-    for task in options.tasks or manifest.tasks:
-        results += evaluate(
-            detector,
-            manifest,
-            task=task,
-            shots=[options.shots] if isinstance(options.shots, int) else options.shots,
-            draws=options.draws,
-            seed=options.seed,
-            batch_size=options.batch_size,
-        )
+    results, tasks = [], list(options.tasks or manifest.tasks)
+    with progress("evaluate", sum(row.task in tasks and row.split == "test" for row in manifest)) as advance:
+        for task in tasks:
+            results += evaluate(
+                detector,
+                manifest,
+                task=task,
+                shots=[options.shots] if isinstance(options.shots, int) else options.shots,
+                draws=options.draws,
+                seed=options.seed,
+                batch_size=options.batch_size,
+                on_progress=advance,
+            )
     model = options.model or "built-in model"
     title = f"{model}: {options.draws} support draw{'s' * (options.draws > 1)}"
     if not detector.method.needs_support:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anatomaly.commands.arguments import image_rows, load_detector, model_arguments, support_rows
-from anatomaly.commands.console import fail, progress
+from anatomaly.commands.console import fail
+from anatomaly.commands.progress import progress
 from anatomaly.errors import ConfigError
 from anatomaly.tables import Table
 
@@ -72,7 +73,7 @@ def run_teachers(options: Namespace) -> int:
     for each in pair:
         if each.why:
             print(f"{each.teacher.name}: Eigen-CAM instead of Grad-CAM, {each.why}.")
-    with progress(len(samples)) as advance:
+    with progress("explain", len(samples)) as advance:
         rows = explain_teachers(
             pair,
             samples,
@@ -125,7 +126,7 @@ def run_supports(options: Namespace) -> int:
     supports = support_rows(Path(options.support), options.task, options.shots)
     detector.set_support(supports, task=options.task, intensity=options.intensity)
     pictures = [load(row, detector.ready().preprocessing).display for row in supports]
-    with progress(len(samples)) as advance:
+    with progress("explain", len(samples)) as advance:
         rows = explain_supports(
             detector,
             samples,

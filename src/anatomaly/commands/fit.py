@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from anatomaly.commands.console import tell_left_out
+from anatomaly.commands.progress import progress
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -58,7 +59,8 @@ def run_fit(options: Namespace) -> int:
 
     from anatomaly.training.fit import fit  # takes seconds to load, so it comes after what may be wrong
 
-    fit(manifest, options.out, config)
+    with progress("fit") as told:
+        fit(manifest, options.out, config, on_progress=told.at)
     print(f"model: {options.out}")
     return 0
 

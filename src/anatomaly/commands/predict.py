@@ -14,7 +14,8 @@ from anatomaly.commands.arguments import (
     support_arguments,
     support_rows,
 )
-from anatomaly.commands.console import fail, progress
+from anatomaly.commands.console import ended_by_signal, fail, say
+from anatomaly.commands.progress import progress
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -35,11 +36,15 @@ def predict_arguments(parser: ArgumentParser) -> None:
 
 def run_predict(options: Namespace) -> int:
     """Run `predict`."""
-    from anatomaly.data.transforms import load
-    from anatomaly.results.folder import predict_to_folder
+    from anatomaly.results.run_record import refuse_finished
 
     check_support_options(options, "predict")
+    refuse_finished(Path(options.out))
     samples = image_rows(Path(options.images), options.task)
+
+    from anatomaly.data.transforms import load
+    from anatomaly.results.folder import predict_to_folder  # takes seconds to load
+
     detector = load_detector(options)
     check_takes_support(options, "predict", detector)
     pictures = []
@@ -53,21 +58,32 @@ def run_predict(options: Namespace) -> int:
         pictures = [load(row, detector.ready().preprocessing).display for row in supports]
     if options.save_bank is not None:
         detector.save_support(options.save_bank)
-    with progress(len(samples)) as advance:
-        summary = predict_to_folder(
-            detector,
-            samples,
-            Path(options.out),
-            batch_size=options.batch_size,
-            task=options.task,
-            bank_images=pictures,
-            maps=options.maps,
-            overlays=options.overlays,
-            alpha=options.alpha,
-            fdr=options.fdr,
-            dependent=options.dependent,
-            on_progress=advance,
-        )
+    with progress("predict", len(samples)) as advance:
+
+        def go_on(done: int, total: int) -> None:
+            say(f"{options.out}: continues an unfinished run: {done:,} of {total:,} images are done.")
+            advance.begin(total, done=done)
+
+        try:
+            with ended_by_signal():
+                summary = predict_to_folder(
+                    detector,
+                    samples,
+                    Path(options.out),
+                    batch_size=options.batch_size,
+                    task=options.task,
+                    bank_images=pictures,
+                    maps=options.maps,
+                    overlays=options.overlays,
+                    alpha=options.alpha,
+                    fdr=options.fdr,
+                    dependent=options.dependent,
+                    on_progress=advance,
+                    on_continue=go_on,
+                )
+        except KeyboardInterrupt:
+            told = f"{options.out}: interrupted; what is there is complete. Run the same command again to go on."
+            return fail(told, code=130)
     for remark in summary.remarks:
         print(remark)
     known = [p.p_value for p in summary.predictions if p.p_value is not None]

@@ -29,7 +29,8 @@ class Calibrated(NamedTuple):
     """What `calibrate` returns.
 
     Attributes:
-        calibration: In use by the detector from here; `Detector.save_calibrations` stores it in the bundle.
+        calibration: In use by the detector from here, unless it holds a better one of the same setting (see
+            `conformal.best_fit`); `Detector.save_calibrations` stores both in the bundle.
         left_out: Images that could not be used, each with its `error`.
     """
 
@@ -49,6 +50,7 @@ def calibrate(
     *,
     supports: Iterable[Sample] = (),
     batch_size: int = _BATCH,
+    replace_all: bool = False,
     on_progress: Callable[[Prediction], None] = lambda prediction: None,
 ) -> Calibrated:
     """Score held-out normal images against the current support and keep the scores for p-values.
@@ -60,11 +62,11 @@ def calibrate(
         normals: Files or manifest rows, all normal, of images that neither trained the model nor are its supports.
         supports: Rows of the support, where they are at hand, to make sure that no patient is in both.
         batch_size: Images per forward pass; changes no score.
+        replace_all: Forget every earlier calibration of this setting, also a better one.
         on_progress: Called with every prediction.
 
     Returns:
-        The calibration, which the detector uses from here, and the images that were left out: unreadable ones and
-        copies of one that is counted already.
+        The calibration, and the images that were left out: unreadable ones and copies of one that is counted already.
 
     Raises:
         NotReadyError: The detector has no support, and its method needs one.
@@ -82,7 +84,7 @@ def calibrate(
     scored, left_out = _score(detector, bank, samples, batch_size, on_progress)
     unit, units = _units(scored)
     calibration = _filled(detector.setting(bank), units, unit=unit, kind="held-out", guarantee="exact")
-    detector.calibrate_with(calibration)
+    detector.calibrate_with(calibration, replace_all=replace_all)
     return Calibrated(calibration, tuple(left_out))
 
 
@@ -92,6 +94,7 @@ def calibrate_on_support(
     *,
     task: str = "task",
     intensity: Intensity | None = None,
+    replace_all: bool = False,
 ) -> Calibrated:
     """Set K normal images as support and calibrate on them alone: each is scored against the others.
 
@@ -104,6 +107,7 @@ def calibrate_on_support(
         supports: As in `Detector.set_support`.
         task: Name of the task.
         intensity: As in `Detector.set_support`.
+        replace_all: As in `calibrate`.
 
     Raises:
         ReadError: A support image cannot be read.
@@ -137,7 +141,7 @@ def calibrate_on_support(
         kind="leave-one-out",
         guarantee="conservative" if sound else "approximate",
     )
-    detector.calibrate_with(calibration)
+    detector.calibrate_with(calibration, replace_all=replace_all)
     return Calibrated(calibration, ())
 
 

@@ -251,13 +251,17 @@ def best_fit(calibrations: Sequence[Calibration], wanted: Calibration) -> tuple[
     """The calibration for a setting, and one line to say about it.
 
     Args:
-        calibrations: Those stored.
+        calibrations: Those stored.  Of several that fit, one on held-out images comes before the support's own, then
+            the one on more units.
         wanted: As in `misfit`.
 
     Returns:
         The calibration, or None; the line says why there is none and is empty where nothing was ever calibrated.
     """
-    found = sorted(((misfit(each, wanted), each) for each in calibrations), key=lambda pair: len(pair[0]))
+    found = sorted(
+        ((misfit(each, wanted), each) for each in calibrations),
+        key=lambda pair: (len(pair[0]), pair[1].kind != "held-out", -pair[1].n),
+    )
     if not found:
         return None, ""
     differences, nearest = found[0]
@@ -265,6 +269,22 @@ def best_fit(calibrations: Sequence[Calibration], wanted: Calibration) -> tuple[
         made = ", ".join(differences)
         return None, f"no p-values: calibrated with {made}. Run anatomaly calibrate for what is judged here."
     return nearest, f"p-values: {describe(nearest)}"
+
+
+def beside(calibrations: Sequence[Calibration], new: Calibration, *, replace_all: bool) -> tuple[Calibration, ...]:
+    """A new calibration and those that stay beside it: of other settings, and better ones of its own.
+
+    Args:
+        calibrations: Those of before.
+        new: It takes the place of those of the same setting and kind on no more units.
+        replace_all: It takes the place of all of the same setting.
+    """
+
+    def stays(each: Calibration) -> bool:
+        better = each.kind != new.kind or each.n > new.n
+        return bool(misfit(each, new)) or (better and not replace_all)
+
+    return (*filter(stays, calibrations), new)
 
 
 def with_p_value(prediction: Prediction, bank: SupportBank, calibration: Calibration | None) -> Prediction:

@@ -28,7 +28,7 @@ from anatomaly.detector.bundle import (
     save_calibrations,
 )
 from anatomaly.detector.checks import check_bank, check_model
-from anatomaly.detector.conformal import best_fit, misfit, with_p_value
+from anatomaly.detector.conformal import beside, best_fit, with_p_value
 from anatomaly.detector.device import choose_device
 from anatomaly.detector.facts import TEACHERS, model_hash
 from anatomaly.detector.support import read_support, support_samples
@@ -280,10 +280,14 @@ class Detector:
         check_bank(bank, self.method)
         return replace(bank, tensors={key: tensor.to(self.device) for key, tensor in bank.tensors.items()})
 
-    def calibrate_with(self, calibration: Calibration) -> Detector:
-        """Take a calibration up, in place of an earlier one of the same setting."""
-        others = (each for each in self.calibrations if misfit(each, calibration))
-        self.calibrations = (*others, calibration)
+    def calibrate_with(self, calibration: Calibration, *, replace_all: bool = False) -> Detector:
+        """Take a calibration up; an earlier one of the same setting that is better stays, and stays in use.
+
+        Args:
+            calibration: The new one, in place of those of the same setting and kind on no more units.
+            replace_all: In place of all of the same setting.
+        """
+        self.calibrations = beside(self.calibrations, calibration, replace_all=replace_all)
         return self
 
     def save_calibrations(self, bundle: str | Path) -> None:

@@ -20,7 +20,7 @@ from anatomaly.evaluation.protocols import draw_supports, forbid_leak, samples_t
 from anatomaly.types import Intensity
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -110,6 +110,7 @@ def evaluate(
     seed: int = 0,
     supports: Sequence[Sequence[Sample]] | None = None,
     batch_size: int = 16,
+    on_progress: Callable[[Sample], None] = lambda sample: None,
 ) -> list[Evaluation]:
     """Score a task's whole test split against several draws of its normal training images.
 
@@ -132,6 +133,7 @@ def evaluate(
         seed: Of the draws.
         supports: Support images of every draw, instead of `draws` random ones; K shots take the first K of each.
         batch_size: Images per forward pass; changes no score.
+        on_progress: Called with every test row that is done.
 
     Returns:
         One evaluation per K.
@@ -157,7 +159,7 @@ def evaluate(
             forbid_leak(chosen, tests)
             drawn.append(chosen)
             banks.append(detector.make_bank(chosen, task=task))
-    collected = _score(detector, tests, banks, batch_size)
+    collected = _score(detector, tests, banks, batch_size, on_progress)
     _require_labels(collected.samples, task, "readable ")
     each = len(banks) // len(shots)
     return [_evaluation(task, k, collected, drawn, range(i * each, (i + 1) * each)) for i, k in enumerate(shots)]
@@ -183,7 +185,13 @@ def _require_labels(tests: Sequence[Sample], task: str, which: str = "") -> None
         )
 
 
-def _score(detector: Judge[AnyBank], tests: Sequence[Sample], banks: Sequence[AnyBank], batch_size: int) -> _Scores:
+def _score(
+    detector: Judge[AnyBank],
+    tests: Sequence[Sample],
+    banks: Sequence[AnyBank],
+    batch_size: int,
+    on_progress: Callable[[Sample], None],
+) -> _Scores:
     """One pass per distinct preprocessing (one, unless a percentile rule depends on the supports)."""
     members: dict[Preprocessing, list[int]] = defaultdict(list)
     for index, bank in enumerate(banks):
@@ -193,7 +201,7 @@ def _score(detector: Judge[AnyBank], tests: Sequence[Sample], banks: Sequence[An
     unreadable: dict[int, str] = {}
     unusable: dict[int, str] = {}
     scores, pixels = np.full((len(banks), len(tests)), np.nan), [PixelCounts() for _ in banks]
-    for preprocessing, first, batch in _batches(tests, list(members), batch_size):
+    for preprocessing, first, batch in _batches(tests, list(members), batch_size, on_progress):
         unreadable |= {row: item.error or "" for row, item in enumerate(batch, first) if item.prepared is None}
         readable = {row: item.prepared for row, item in enumerate(batch, first) if item.prepared is not None}
         if not readable:
@@ -219,7 +227,10 @@ def _score(detector: Judge[AnyBank], tests: Sequence[Sample], banks: Sequence[An
 
 
 def _batches(
-    tests: Sequence[Sample], preprocessings: Sequence[Preprocessing], batch_size: int
+    tests: Sequence[Sample],
+    preprocessings: Sequence[Preprocessing],
+    batch_size: int,
+    on_progress: Callable[[Sample], None],
 ) -> Iterator[tuple[Preprocessing, int, list[Loaded]]]:
     """Every row prepared in every way, and the number of each batch's first row; a block of rows at a time."""
     block = max(1, _BLOCK // batch_size) * batch_size
@@ -229,6 +240,8 @@ def _batches(
             for batch in load_batches(tests[start : start + block], preprocessing, batch_size=batch_size):
                 yield preprocessing, first, batch
                 first += len(batch)
+                for item in batch if preprocessing == preprocessings[-1] else ():
+                    on_progress(item.sample)
 
 
 def _lesions(sample: Sample, size: tuple[int, int], preprocessing: Preprocessing) -> _Lesions:

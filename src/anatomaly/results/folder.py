@@ -6,18 +6,23 @@ import heapq
 import math
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
+from anatomaly.data.layouts import rows_of
+from anatomaly.data.transforms import load
 from anatomaly.detector.conformal import Call, needed_calls, needed_normals, rejected_up_to, threshold, unit_of
-from anatomaly.errors import ConfigError
+from anatomaly.errors import AnatomalyError, ConfigError
 from anatomaly.results.page import shrink, write_report
+from anatomaly.results.rows import Stored, stored_rows
+from anatomaly.results.run_record import alone, begin, facts_of, finish
 from anatomaly.results.writer import ResultWriter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Sequence
-    from pathlib import Path
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from anatomaly.detector.detector import Detector
@@ -62,8 +67,13 @@ def predict_to_folder(
     fdr: float | None = None,
     dependent: bool = False,
     on_progress: Callable[[Prediction], None] = lambda prediction: None,
+    on_continue: Callable[[int, int], None] = lambda done, total: None,
 ) -> Summary:
     """Judge images against the detector's support and write scores.csv, scores.jsonl, maps, overlays and report.html.
+
+    A run that was cut short, however that happened, goes on where it stopped when called again with the same model,
+    support, images and options, and leaves what it would have left undisturbed (on the same device, with the same
+    batch size; else scores of before and after may differ by 1e-5).  Images that could not be read are not tried again.
 
     The maps of a NIfTI volume are also written as one volume on the source's grid, `maps/NAME_map.nii.gz`, whatever the
     order of its rows; slices that were not judged are NaN there.  An image whose picture or map cannot be made keeps
@@ -72,7 +82,7 @@ def predict_to_folder(
     Args:
         detector: With its support set.
         samples: Files or manifest rows.
-        out: Folder; one that holds results already is refused.
+        out: Folder; one that holds a finished run, or an unfinished one of something else, is refused.
         batch_size: Images per forward pass; changes no score.
         task: Task name of items given as files.
         title: Heading of the report.
@@ -83,48 +93,82 @@ def predict_to_folder(
         alpha: Call images anomalous at this false-positive rate; needs a calibration that fits.
         fdr: Call images of this run so that at most this share of the calls is false on average; likewise.
         dependent: Make `fdr` hold under any dependence between the images (Benjamini-Yekutieli).
-        on_progress: Called with every prediction.
+        on_progress: Called with every prediction that is made now.
+        on_continue: Called once with (images done before, images in all) where an unfinished run goes on.
 
     Raises:
         NotReadyError: The detector has no support, and its method needs one.
         ConfigError: A rate that the calibration is too small for, or a rate without a calibration that fits.
-        OutputError: Something cannot be written; the rows so far are complete.
+        OutputError: `out` is refused, or something cannot be written; the rows so far are complete.
     """
+    out, rows = Path(out), list(rows_of(samples, task=task))
     bank = detector.ready()
     calibration, line = detector.find_calibration()
     for option, rate in (("alpha", alpha), ("fdr", fdr)):
         _check_rate(option, rate, calibration, line)
-    kept: list[Prediction] = []
-    highest: list[tuple[float, int]] = []  # heap of (score, -index) with pictures; the report, too, shows ties in order
-    with ResultWriter(out, scale=bank.map_range, support_names=bank.names, maps=maps, overlays=overlays) as writer:
-        for prediction in detector.predict(samples, batch_size=batch_size, task=task):
-            prediction = writer.write(_judged(prediction))
-            kept.append(replace(prediction, image=None, anomaly_map=None))
-            if prediction.error is None:
-                heapq.heappush(highest, (prediction.score, 1 - len(kept)))
-                dropped = -heapq.heappop(highest)[1] if len(highest) > _CASES else -1
-                if dropped >= 0:
+    facts = facts_of(detector, rows, calibration=calibration, maps=maps, overlays=overlays)
+    with alone(out):
+        stored = stored_rows(out, rows, batch_size=batch_size) if begin(out, facts) else []
+        if stored:
+            on_continue(len(stored), len(rows))
+        kept = [each.prediction for each in stored]
+        highest: list[tuple[float, int]] = []  # heap of (score, -number): what the report shows with pictures
+        for number, prediction in enumerate(kept):
+            _drop_lowest(highest, number, prediction)
+        with ResultWriter(
+            out, scale=bank.map_range, support_names=bank.names, maps=maps, overlays=overlays, stored=stored
+        ) as writer:
+            for prediction in detector.predict(rows[len(stored) :], batch_size=batch_size, task=task):
+                prediction = writer.write(_judged(prediction))
+                kept.append(replace(prediction, image=None, anomaly_map=None))
+                dropped = _drop_lowest(highest, len(kept) - 1, prediction)
+                if dropped is not None:
                     kept[dropped] = replace(kept[dropped], image=None, anomaly_map=None)
                 if dropped != len(kept) - 1:
                     kept[-1] = shrink(prediction)
-            on_progress(prediction)
-        told = writer.finish()
-    calls = () if calibration is None else tuple(_calls(kept, calibration, alpha, fdr, dependent))
-    report = write_report(
-        out / "report.html",
-        kept,
-        title=title,
-        bank_names=bank.names,
-        bank_images=bank_images,
-        scale=bank.map_range,
-        about=_about(detector, bank.task),
-        tables=tables,
-        calibration=calibration,
-        calls=calls,
-        max_cases=_CASES,
-    )
+                on_progress(prediction)
+            told = writer.finish()
+        for number in sorted(-each for _, each in highest if -each < len(stored)):
+            kept[number] = shrink(_seen_again(detector, out, stored[number]))
+        calls = () if calibration is None else tuple(_calls(kept, calibration, alpha, fdr, dependent))
+        report = write_report(
+            out / "report.html",
+            kept,
+            title=title,
+            bank_names=bank.names,
+            bank_images=bank_images,
+            scale=bank.map_range,
+            about=_about(detector, bank.task),
+            tables=tables,
+            calibration=calibration,
+            calls=calls,
+            max_cases=_CASES,
+        )
+        finish(out, facts)
     remarks = (*([line] if line else []), *told, *_remarks(kept, calibration, fdr, dependent))
     return Summary(tuple(kept), report, sum(p.error is not None for p in kept), calls, remarks)
+
+
+def _drop_lowest(highest: list[tuple[float, int]], number: int, prediction: Prediction) -> int | None:
+    """Put a prediction among those the report shows; returns the number of the one that is shown no more."""
+    if prediction.error is not None:
+        return None
+    heapq.heappush(highest, (prediction.score, -number))  # the report, too, shows ties in order
+    return -heapq.heappop(highest)[1] if len(highest) > _CASES else None
+
+
+def _seen_again(detector: Detector, out: Path, stored: Stored) -> Prediction:
+    """A prediction of before with its picture and map, as far as they can be had."""
+    prediction, bank = stored.prediction, detector.ready()
+    try:
+        if stored.row["map"] is not None:
+            image = load(prediction.sample, bank.preprocessing).display
+            anomaly_map = np.load(out / stored.row["map"], allow_pickle=False)
+            return replace(prediction, image=image, anomaly_map=anomaly_map)
+        again = next(detector.predict([prediction.sample]))
+    except (AnatomalyError, OSError, ValueError):
+        return prediction
+    return replace(prediction, image=again.image, anomaly_map=again.anomaly_map)
 
 
 def _judged(prediction: Prediction) -> Prediction:

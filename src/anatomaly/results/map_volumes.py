@@ -80,15 +80,43 @@ class MapVolumes:
         volume.maps[index] = map_name
         return name
 
+    def take_up(self, sample: Sample, map_name: str, shape: tuple[int, ...], name: str) -> None:
+        """Note a map down that an interrupted run wrote; a volume that it finished is not written again.
+
+        Args:
+            sample: As for `add`.
+            map_name: As for `add`.
+            shape: As for `add`.
+            name: The volume that the row names.
+
+        Raises:
+            OutputError: A volume whose last slice this is was not written, and cannot be.
+        """
+        try:
+            same = self.add(sample, map_name, shape) == name
+            reason = "its source is another one now"
+        except AnatomalyError as err:
+            same, reason = False, " ".join(str(err).split())
+        if not same:
+            self._failed.setdefault(name, reason)
+            self._taken.add(name.casefold())
+        elif name in self._waiting and self._whole(name) and (self.out / name).is_file():
+            del self._waiting[name]
+            self._gaps[name] = 0
+        else:
+            self.settle(name)
+
     def settle(self, name: str) -> None:
         """Write a volume if all its slices are there.
 
         Raises:
             OutputError: It cannot be written.
         """
-        volume = self._waiting.get(name)
-        if volume is not None and len(volume.maps) == volume.grid[0]:
+        if name in self._waiting and self._whole(name):
             self._write(name)
+
+    def _whole(self, name: str) -> bool:
+        return len(self._waiting[name].maps) == self._waiting[name].grid[0]
 
     def finish(self) -> tuple[str, ...]:
         """Write the volumes that miss slices.

@@ -10,29 +10,22 @@ from __future__ import annotations
 import errno
 import io
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from anatomaly.data.decoding import usable_spacing
 from anatomaly.errors import OutputError
 from anatomaly.files import Appender, output_error, write_whole
 from anatomaly.results.map_volumes import MapVolumes
 from anatomaly.results.names import Stems
 from anatomaly.results.pictures import checked_scale, encode_picture, overlay
+from anatomaly.results.rows import COLUMNS, Stored, csv_cells, map_shape, prediction_of, row_of
 from anatomaly.tables import csv_bytes
 from anatomaly.types import Prediction
 
-#: Columns of `scores.csv` that every run has; `weight_0` ... `weight_<K-1>` follow where there is a support bank.
-COLUMNS = (
-    *("path", "frame", "task", "label", "score", "status", "error", "seconds", "map", "overlay", "p_value", "note"),
-    "map_volume",
-)
 _OF_ONE_NAME = (errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL)  # the file system takes other names
 
 
@@ -41,7 +34,7 @@ class ResultWriter:
 
     `scores.csv` has the columns of `COLUMNS` and one `weight_<k>` per support image (mean over the levels); its numbers
     have full precision and unknown values are empty.  `scores.jsonl` repeats the rows and adds what does not fit a flat
-    table: pixel spacing, weights of every level, names of the support images, colour scale.
+    table: digest of the image, pixel spacing, weights of every level, names of the support images, colour scale.
 
     Attributes:
         out: The folder.
@@ -56,8 +49,9 @@ class ResultWriter:
         support_names: Sequence[str] = (),
         maps: bool = True,
         overlays: bool = True,
+        stored: Sequence[Stored] | None = None,
     ) -> None:
-        """Create the folder and both tables.
+        """Create the folder and both tables, or go on with them.
 
         Args:
             out: The folder; made if missing.  A folder that holds the scores of another run is refused.
@@ -65,6 +59,8 @@ class ResultWriter:
             support_names: K display names of the support images, in the order of `Prediction.support_weights`.
             maps: Write the maps as arrays, and those of a NIfTI file as one volume.
             overlays: Write the overlays as pictures.
+            stored: What `rows.stored_rows` found of the same run; whatever else is in the tables is dropped.  None
+                where there must be no tables yet.
 
         Raises:
             OutputError: The folder cannot be written to, or already holds scores.
@@ -74,7 +70,6 @@ class ResultWriter:
         self.rows = 0
         self._scale = checked_scale(scale)
         self._support_names = tuple(support_names)
-        self._columns = (*COLUMNS, *(f"weight_{k}" for k in range(len(self._support_names))))
         self._maps = maps
         self._overlays = overlays
         self._stems = Stems()
@@ -85,8 +80,17 @@ class ResultWriter:
         except OSError as err:
             raise output_error(Path(err.filename), err) from err
         # JSONL first: it is the fuller record, should the machine die between the two.
-        self._tables = Appender([self.out / "scores.jsonl", self.out / "scores.csv"])
-        self._tables.append(b"", csv_bytes([self._columns]))
+        tables = [self.out / "scores.jsonl", self.out / "scores.csv"]
+        columns = (*COLUMNS, *(f"weight_{k}" for k in range(len(self._support_names))))
+        if stored is None:
+            self._tables = Appender(tables)
+            self._tables.append(b"", csv_bytes([columns]))
+            return
+        done = csv_bytes([columns, *(csv_cells(each.row, len(self._support_names)) for each in stored)])
+        write_whole(tables[1], done)
+        self._tables = Appender(tables, keep=(stored[-1].end if stored else 0, len(done)))
+        for each in stored:
+            self._take_up(each)
 
     def __enter__(self) -> ResultWriter:
         return self
@@ -101,7 +105,7 @@ class ResultWriter:
             prediction: The verdict, or the error that takes its place.
 
         Returns:
-            The prediction; its `note` also says which of its files could not be made.
+            The prediction as its row says it; its `note` also says which of its files could not be made.
 
         Raises:
             OutputError: A file cannot be written.  Rows written before stay as they are.
@@ -117,21 +121,22 @@ class ResultWriter:
         if notes:
             told = [prediction.note] if prediction.note is not None else []
             prediction = replace(prediction, note="; ".join([*told, *notes]))
-        row = _row(prediction) | files
-        mean = [None] * len(self._support_names) if weights is None else weights.mean(axis=0, dtype=np.float64).tolist()
-        flat = row | {f"weight_{k}": value for k, value in enumerate(mean)}
-        full = row | {
-            "spacing": prediction.spacing and usable_spacing(*prediction.spacing),
-            "scale": self._scale,
-            "support": self._support_names,
-            "support_weights": None if weights is None else weights.tolist(),
-        }
-        line = json.dumps(_without_gaps(full), allow_nan=False) + "\n"
-        self._tables.append(line.encode(), csv_bytes([[flat[column] for column in self._columns]]), kept=self._kept())
+        row = row_of(prediction, files, scale=self._scale, support_names=self._support_names)
+        line = json.dumps(row, allow_nan=False) + "\n"
+        self._tables.append(line.encode(), csv_bytes([csv_cells(row, len(self._support_names))]), kept=self._kept())
         self.rows += 1
         if files["map_volume"] is not None:
             self._volumes.settle(files["map_volume"])
-        return prediction
+        said = prediction_of(row, prediction.sample)
+        return replace(said, image=prediction.image, anomaly_map=prediction.anomaly_map)
+
+    def _take_up(self, stored: Stored) -> None:
+        """Count a row that is on disk, as `write` would have."""
+        sample, row = stored.prediction.sample, stored.row
+        self._stems.new(sample)
+        self.rows += 1
+        if row["map_volume"] is not None:
+            self._volumes.take_up(sample, row["map"], map_shape(self.out / row["map"]) or (), row["map_volume"])
 
     def finish(self) -> tuple[str, ...]:
         """Write the volumes of maps that miss slices; call it after the last row.
@@ -173,23 +178,6 @@ class ResultWriter:
         return f"The {self.rows} rows written so far are complete."
 
 
-def _row(prediction: Prediction) -> dict[str, Any]:
-    sample = prediction.sample
-    failed = prediction.error is not None
-    return {
-        "path": str(sample.path),
-        "frame": None if sample.frame is None else int(sample.frame),
-        "task": sample.task,
-        "label": None if sample.label is None else int(sample.label),
-        "score": None if failed else float(prediction.score),
-        "p_value": None if prediction.p_value is None else float(prediction.p_value),
-        "status": "error" if failed else "ok",
-        "error": " ".join(prediction.error.split()) if prediction.error is not None else None,
-        "note": " ".join(prediction.note.split()) if prediction.note is not None else None,
-        "seconds": float(prediction.seconds),
-    }
-
-
 def _npy_bytes(anomaly_map: NDArray[np.float32]) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, np.ascontiguousarray(anomaly_map, dtype=np.float32), allow_pickle=False)
@@ -201,12 +189,3 @@ def _reason(err: Exception) -> str:
     if isinstance(err, OutputError) and getattr(err.__cause__, "errno", None) not in _OF_ONE_NAME:
         raise err
     return " ".join(f"{type(err).__name__}: {err}".split()).rstrip(".")
-
-
-def _without_gaps(value: Any) -> Any:
-    """The same with None for every number that is not finite: JSON has no NaN."""
-    if isinstance(value, dict):
-        return {name: _without_gaps(each) for name, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_gaps(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

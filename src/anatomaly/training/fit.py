@@ -29,18 +29,23 @@ from anatomaly.training.student import train_student
 from anatomaly.training.validation import VALIDATION_IMAGES
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from anatomaly.backbones.teacher import Teacher
     from anatomaly.config import FitConfig
     from anatomaly.data.manifest import Manifest
-    from anatomaly.types import Intensity, Sample
+    from anatomaly.types import Image, Intensity, Sample
 
 logger = logging.getLogger(__name__)
 
 
 def fit(
-    manifest: Manifest, out: str | Path, config: FitConfig | None = None, *, teachers: Sequence[Teacher] | None = None
+    manifest: Manifest,
+    out: str | Path,
+    config: FitConfig | None = None,
+    *,
+    teachers: Sequence[Teacher] | None = None,
+    on_progress: Callable[[int, int, str], None] = lambda done, total, unit: None,
 ) -> Detector:
     """Train on a manifest's normal training images and write a bundle.
 
@@ -55,6 +60,7 @@ def fit(
         out: Folder of the bundle; training state and progress go to its subfolder `training`.
         config: All settings; None takes the default preset, as `anatomaly fit` does.
         teachers: Frozen backbones of your own, instead of those that `config` names; see `Teacher.of_module`.
+        on_progress: Called with how many of how many "images" are read, then with how many "steps" are trained.
 
     Returns:
         The trained detector, without support.
@@ -81,14 +87,14 @@ def fit(
     if _finished(out, config, manifest):
         logger.info("%s: this run is finished already, nothing to train.", out)
         return Detector.load(out, device=device, precision=precision, teachers=teachers)
-    rules = _resolve(config, train)
+    rules = _resolve(config, train, on_progress)
     facts = ModelFacts.of(config.method, method, _training_facts(config, manifest, train) if record.trained else None)
     prepare = Preparation(config.preprocessing, rules, device)
     if record.trained and config.training.epochs > 0:
         method.to(device)
         for teacher in method.teachers.values():
             teacher.to(device)
-        trained = train_student(method, train, held_out, prepare, out / "training", config)
+        trained = train_student(method, train, held_out, prepare, out / "training", config, on_progress)
         facts = replace(facts, training={**facts.training, **trained})
     detector = Detector(
         method,
@@ -164,7 +170,7 @@ def _training_facts(config: FitConfig, manifest: Manifest, train: Manifest) -> d
     }
 
 
-def _resolve(config: FitConfig, train: Manifest) -> dict[str, Intensity]:
+def _resolve(config: FitConfig, train: Manifest, on_progress: Callable[[int, int, str], None]) -> dict[str, Intensity]:
     """Fix every training task's intensity rule: percentiles become a range on that task's training images.
 
     Rules of other tasks are kept as they are, for the supports of a task that is only met later.
@@ -173,10 +179,16 @@ def _resolve(config: FitConfig, train: Manifest) -> dict[str, Intensity]:
     for task in train.tasks:
         rule = config.task_intensity.get(task, config.preprocessing.intensity)
         rows = train.select(task=task)
-        rules[task] = resolve_intensity(rule, (read_image(s.path, frame=s.frame) for s in rows))
+        rules[task] = resolve_intensity(rule, _read(rows, on_progress))
     if later := sorted(set(config.task_intensity).difference(train.tasks)):
         logger.warning("task_intensity: %s is not trained on, its rule is kept for later.", ", ".join(later))
     return {task: rule for task, rule in rules.items() if rule != config.preprocessing.intensity}
+
+
+def _read(rows: Manifest, on_progress: Callable[[int, int, str], None]) -> Iterator[Image]:
+    for done, row in enumerate(rows, start=1):
+        yield read_image(row.path, frame=row.frame)
+        on_progress(done, len(rows), "images")
 
 
 def _finished(out: Path, config: FitConfig, manifest: Manifest) -> bool:

@@ -60,10 +60,19 @@ class Preparation(NamedTuple):
 
 
 def training_loader(
-    method: Method, rows: Sequence[Sample], prepare: Preparation, settings: TrainingConfig, *, record: MethodRecord
+    method: Method,
+    rows: Sequence[Sample],
+    prepare: Preparation,
+    settings: TrainingConfig,
+    on_progress: Callable[[int, int, str], None] = lambda done, total, unit: None,
+    *,
+    record: MethodRecord,
 ) -> DataLoader[Batch]:
-    """Batches of training rows, drawn as the method learns from them (`MethodRecord.learns_from`)."""
-    fetch = _source(method, rows, prepare, settings)
+    """Batches of training rows, drawn as the method learns from them (`MethodRecord.learns_from`).
+
+    `on_progress` is called with how many of how many "images" are read.
+    """
+    fetch = _source(method, rows, prepare, settings, on_progress)
     if record.learns_from == "lesions":
         return _lesion_loader(method, rows, fetch, prepare, settings)
     tasks = [sample.task for sample in rows]
@@ -116,7 +125,11 @@ def synthetic_images_of(rows: Iterable[Sample], settings: TrainingConfig) -> int
 
 
 def _source(
-    method: Method, rows: Sequence[Sample], prepare: Preparation, settings: TrainingConfig
+    method: Method,
+    rows: Sequence[Sample],
+    prepare: Preparation,
+    settings: TrainingConfig,
+    on_progress: Callable[[int, int, str], None],
 ) -> Callable[[Tensor, slice], Features]:
     """Teacher features of training rows by index, computed once per image as far as the cache's budgets reach."""
     disk = settings.cache_disk_gib * 2**30
@@ -133,7 +146,12 @@ def _source(
     def load(positions: Sequence[int]) -> Tensor:
         return torch.cat(list(prepare.inputs([rows[i] for i in positions])))
 
-    cache.fill(method.teachers, keys, load)
+    def load_and_tell(positions: Sequence[int]) -> Tensor:
+        images = load(positions)
+        on_progress(positions[-1] + 1, len(rows), "images")
+        return images
+
+    cache.fill(method.teachers, keys, load_and_tell)
 
     def fetch(index: Tensor, levels: slice) -> Features:
         flat = index.flatten().tolist()

@@ -6,7 +6,6 @@ import io
 import json
 import logging
 import signal
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from anatomaly.detector.bundle import read_tensors, write_tensors
@@ -136,18 +135,40 @@ class WholeCheckpoints(TorchCheckpointIO):
         write_whole(Path(path), buffer.getvalue())
 
 
+class Steps(Callback):
+    """Tells `on_progress` how many of how many steps are trained."""
+
+    def __init__(self, on_progress: Callable[[int, int, str], None]) -> None:
+        self.on_progress = on_progress
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Also tell what an earlier run had trained."""
+        self._tell(trainer)
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: Any) -> None:
+        """One step more."""
+        self._tell(trainer)
+
+    def _tell(self, trainer: lightning.Trainer) -> None:
+        self.on_progress(trainer.global_step, int(trainer.estimated_stepping_batches), "steps")
+
+
 def train_student(
-    method: Method, train: Manifest, held_out: Manifest, prepare: Preparation, folder: Path, config: FitConfig
+    method: Method,
+    train: Manifest,
+    held_out: Manifest,
+    prepare: Preparation,
+    folder: Path,
+    config: FitConfig,
+    on_progress: Callable[[int, int, str], None],
 ) -> dict[str, Any]:
     """Run Lightning's loop, load the best weights into the method and return the best epoch and its figure."""
     settings = config.training
     rows = sorted(train.samples, key=lambda sample: sample.task)  # read task by task; sorting is stable
-    loader = training_loader(method, rows, prepare, settings, record=METHODS[config.method.name])
+    loader = training_loader(method, rows, prepare, settings, on_progress, record=METHODS[config.method.name])
     validate = Validation(method, train, held_out, prepare, config)
     module = StudentTraining(method, validate, folder, config)
-    callbacks: list[Callback] = [ModelCheckpoint(folder, filename="last", enable_version_counter=False)]
-    if sys.stderr.isatty():
-        callbacks.append(RichProgressBar())
+    callbacks = [ModelCheckpoint(folder, filename="last", enable_version_counter=False), Steps(on_progress)]
     last = folder / "last.ckpt"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's advice on loaders and loggers
@@ -162,7 +183,7 @@ def train_student(
             plugins=WholeCheckpoints(),
             logger=False,
             use_distributed_sampler=False,
-            enable_progress_bar=sys.stderr.isatty(),
+            enable_progress_bar=False,
             enable_model_summary=False,
         )
         try:
