@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Literal
 
 from anatomaly.detector.conformal import Call, needed_calls, needed_normals, rejected_up_to, threshold, unit_of
 from anatomaly.errors import ConfigError
-from anatomaly.results.page import shrink, write_report
+from anatomaly.results.layers import shrink
+from anatomaly.results.page import write_report
 from anatomaly.results.writer import ResultWriter
 
 if TYPE_CHECKING:
