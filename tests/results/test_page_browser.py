@@ -92,7 +92,13 @@ def opacity(page):
 def test_one_case_is_shown_and_keys_walk_through_all(opened):
     page = opened()
     assert shown(page) == ["b10.png"]
-    for key, name in [("j", "b9.png"), ("ArrowRight", "a.png"), ("j", "a.png"), ("k", "b9.png"), ("ArrowLeft", "b10.png")]:
+    for key, name in [
+        ("j", "b9.png"),
+        ("ArrowRight", "a.png"),
+        ("j", "a.png"),
+        ("k", "b9.png"),
+        ("ArrowLeft", "b10.png"),
+    ]:
         page.keyboard.press(key)
         assert shown(page) == [name], key
     assert "Case 1 of 3: b10.png" in page.locator("#told").inner_text()
@@ -172,7 +178,9 @@ def test_contours_are_drawn_twice_for_dark_and_bright_and_can_be_hidden(opened):
     page = opened()
     lines = page.locator(".case.on .lines")
     assert lines.locator(".top, .high").count() == 2  # the map goes beyond the scale
-    strokes = [lines.locator(f".top > {part}").evaluate("line => getComputedStyle(line).stroke") for part in ("path", "use")]
+    strokes = [
+        lines.locator(f".top > {part}").evaluate("line => getComputedStyle(line).stroke") for part in ("path", "use")
+    ]
     assert strokes == ["rgb(0, 0, 0)", "rgb(255, 255, 255)"]
     box, peak = lines.locator(".high > path").bounding_box(), page.locator(".case.on .stack").bounding_box()
     x, y = ((box[side] + box[size] / 2 - peak[side]) / peak[size] for side, size in (("x", "width"), ("y", "height")))
@@ -309,7 +317,8 @@ def test_words_stand_out_from_their_background(opened, scheme):
     found = page.evaluate(
         """() => {
           const rgb = text => text.match(/[\\d.]+/g).map(Number);
-          const light = ([r, g, b]) => [r, g, b].map(c => (c /= 255) <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+          const linear = c => (c /= 255) <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+          const light = colour => colour.slice(0, 3).map(linear)
             .reduce((sum, c, k) => sum + c * [0.2126, 0.7152, 0.0722][k], 0);
           const behind = e => {
             for (; e; e = e.parentElement) {

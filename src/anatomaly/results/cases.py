@@ -105,7 +105,9 @@ def _row(prediction: Prediction, rank: int, views: int, shared: Shared) -> str:
     has_view = rank <= views
     uri = small_uri(prediction) if has_view else ""
     picture = f'<img src="{uri}" alt="" decoding="async">' if uri else '<span class="blank"></span>'
-    marks = f'<span class="badge {KINDS[sample.label]}">{GROUPS[sample.label]}</span>' if sample.label is not None else ""
+    marks = (
+        f'<span class="badge {KINDS[sample.label]}">{GROUPS[sample.label]}</span>' if sample.label is not None else ""
+    )
     marks += '<span class="call">called</span>' if any(is_called(prediction, call) for call in shared.calls) else ""
     p_value = "" if prediction.p_value is None else f"<span>p {prediction.p_value:.3g}</span>"
     p_data = "" if prediction.p_value is None else f"{prediction.p_value:.6g}"
@@ -118,10 +120,13 @@ def _row(prediction: Prediction, rank: int, views: int, shared: Shared) -> str:
     )
 
 
+def _badge(label: int, words: str) -> str:
+    return f'<span class="badge {KINDS[label]}">{words}{GROUPS[label]}</span>'
+
+
 def _case(prediction: Prediction, rank: int, total: int, shared: Shared) -> str:
     sample = prediction.sample
-    badge = f'<span class="badge {KINDS[sample.label]}">known to be {GROUPS[sample.label]}</span>'
-    badge = badge if sample.label is not None else ""
+    badge = "" if sample.label is None else _badge(sample.label, "known to be ")
     called = [call.name for call in shared.calls if is_called(prediction, call)]
     badge += "".join(f' <span class="call">called at {escaped(name)}</span>' for name in called)
     badge += f' <span class="remark">{escaped(prediction.note)}</span>' if prediction.note is not None else ""
@@ -159,7 +164,7 @@ def _strip(score: float, known: Sequence[float]) -> str:
     """The references' scores as ticks and this one's as a dot, on one line."""
     halves = [each / 2 for each in (*known, score)]  # for the spread of the largest numbers is no number
     low, spread = min(halves), (max(halves) - min(halves)) or 1.0
-    places = [f"{4 + 192 * (each - low) / spread:.1f}" for each in halves]
+    places = [f"{4 + 192 * ((each - low) / spread):.1f}" for each in halves]
     ticks = "".join(f'<line x1="{x}" x2="{x}" y1="4" y2="16"/>' for x in places[:-1])
     alt = f"Scores of the references from {number(min(known))} to {number(max(known))}, this image at {number(score)}"
     return (

@@ -62,12 +62,12 @@ def _histogram(
         below += heights
     for call in calls:
         if halves.min() <= call.score / 2 <= halves.max():
-            x = f"{_WIDTH * (call.score / 2 - low) / spread:.1f}"
+            x = f"{_WIDTH * ((call.score / 2 - low) / spread):.1f}"
             name = f"{escaped(call.name)}: above {number(call.score)}"
             drawn.append(f'<line class="cut" x1="{x}" x2="{x}" y1="0" y2="{_HEIGHT}"><title>{name}</title></line>')
     for reference in references:
         if math.isfinite(reference.score):
-            x = _WIDTH * (reference.score / 2 - low) / spread
+            x = _WIDTH * ((reference.score / 2 - low) / spread)
             name = f"{escaped(reference.name)}: {number(reference.score)}"
             top, foot = _HEIGHT + 3, _HEIGHT + _MARKS
             shape = f"M{x:.1f} {top}l-5 {foot - top}h10z"
@@ -134,7 +134,8 @@ def reading_guide(
         "among them no proof of health.</p>"
     )
     return (
-        f'<section id="guide"><h2>How to read this report</h2><p>The program has only been shown normal images{compared}. '
+        '<section id="guide"><h2>How to read this report</h2>'
+        f"<p>The program has only been shown normal images{compared}. "
         "It does not know any disease: it reports what looks unlike normal.</p>"
         "<p><b>Score.</b> One number per image; the higher, the less the image resembles normal ones. It has no unit "
         "and no upper limit: compare it with the scores of images you know to be normal.</p>"

@@ -34,19 +34,15 @@ def shrink(prediction: Prediction) -> Prediction:
 def _small(prediction: Prediction) -> tuple[NDArray[np.float32] | None, NDArray[np.float32] | None]:
     """Image and map at the page's size; None for what is absent or cannot be shown, which must not cost the page."""
     image, anomaly_map = prediction.image, prediction.anomaly_map
-    if image is not None and anomaly_map is not None and image.shape[1:] != anomaly_map.shape:
-        anomaly_map = None  # it does not lie on this image
+    small = small_map = None
     with contextlib.suppress(Exception):  # numpy's and Pillow's many ways to refuse an odd array
-        image = None if image is None else _rgb_or_grey(thumbnail(image, prediction.spacing, LONGEST))
+        if image is not None and image.shape[0] in (1, 3):
+            small = thumbnail(image, prediction.spacing, LONGEST)
     with contextlib.suppress(Exception):
-        anomaly_map = None if anomaly_map is None else thumbnail(anomaly_map[None], prediction.spacing, LONGEST)[0]
-    return image, anomaly_map
-
-
-def _rgb_or_grey(image: NDArray[np.float32]) -> NDArray[np.float32]:
-    if len(image) not in (1, 3):
-        raise ValueError(f"picture: the image is {image.shape}, expected (C, H, W) with C 1 or 3.")
-    return image
+        fits = image is None or anomaly_map is None or image.shape[1:] == anomaly_map.shape
+        if anomaly_map is not None and fits:
+            small_map = thumbnail(anomaly_map[None], prediction.spacing, LONGEST)[0]
+    return small, small_map
 
 
 def layered(prediction: Prediction, scale: tuple[float, float], key: str) -> str:

@@ -91,9 +91,7 @@ def write_report(
     return path
 
 
-def _references(
-    names: Sequence[str], images: Sequence[NDArray[Any]], scores: Sequence[float]
-) -> tuple[Reference, ...]:
+def _references(names: Sequence[str], images: Sequence[NDArray[Any]], scores: Sequence[float]) -> tuple[Reference, ...]:
     references = []
     for k, name in enumerate(names):
         picture = small = ""
