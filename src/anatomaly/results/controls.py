@@ -21,7 +21,8 @@ LOOK = (
     '<output id="percent" for="strength">75%</output></span>'
     '<label><input type="checkbox" id="contours" checked> Contours</label>'
     '<button type="button" id="zoom" aria-pressed="false">Zoom</button>'
-    '<button type="button" id="help">Keys: ?</button>{bar}<span>White line: the highest 5% of this image</span>'
+    '<button type="button" id="help">Keys: ?</button>{bar}'
+    "<span>White line: the highest 5% of this image; dashed: above the scale</span>"
     '<output id="told" class="unseen"></output></form>'
 )
 _KEYS = (

@@ -144,14 +144,14 @@ def reading_guide(
         "on the image, an unusual position or noise; a faint map does not rule out disease.</p>"
         f"<p><b>Lines.</b> The solid white line holds the {100 * TOP_SHARE:g}% of the picture with the highest map "
         "values of this image. Every image has it, a normal one too: it says where to look first, not that there is "
-        "something. The dashed blue line holds values above the upper end of the colour scale; most images have "
-        "none.</p>"
+        "something. The dashed blue line holds values above the upper end of the colour scale, where there are "
+        "any.</p>"
         f"{weights if references and any(shares_of(p) is not None for p in predictions) else ''}"
         f'<figure class="scale"><img src="{scale_bar}" alt="Colour scale from black at {low} through purple and orange '
         f'to pale yellow at {high}"><div class="ends"><span>{low}<br>as in normal images</span>'
         f"<span>{high} and above<br>very unlike normal images</span></div><figcaption>The colours are fixed: the same "
-        "colour means the same value in every map of this report. Over the image, the colours are the clearer the "
-        f"lower the value. Pictures have at most {LONGEST} pixels a side here.</figcaption></figure></section>"
+        "colour means the same value in every map of this report. Over the image, low values are "
+        f"transparent. Pictures have at most {LONGEST} pixels a side here.</figcaption></figure></section>"
     )
 
 

@@ -112,7 +112,7 @@ def encode_picture(pixels: NDArray[np.uint8], *, kind: str) -> bytes:
     from PIL import Image
 
     buffer = io.BytesIO()
-    settings: dict[str, int] = {"quality": 88, "subsampling": 0} if kind == "JPEG" else {}
+    settings: dict[str, int] = {"quality": 80, "subsampling": 2} if kind == "JPEG" else {}
     Image.fromarray(pixels).save(buffer, kind, **settings)
     return buffer.getvalue()
 
