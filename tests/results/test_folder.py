@@ -140,6 +140,15 @@ def test_the_report_says_what_the_run_was(detector, supports, tests, tmp_path):
         assert said in text
 
 
+def test_the_report_has_the_references_own_scores(detector, tests, tmp_path):
+    predict_to_folder(detector, tests[:2], tmp_path / "out")
+    text = texts(tmp_path / "out/report.html")
+    assert [float(each) for each in re.findall(r"score ([\d.]+) , judged by the others", text)] == pytest.approx(
+        detector.bank.normal_scores, rel=1e-3
+    )
+    assert text.count("of 3 reference images") == 2
+
+
 @pytest.mark.parametrize(
     ("levels", "words"),
     [

@@ -118,6 +118,7 @@ def predict_to_folder(
         bank_names=bank.names,
         bank_images=bank_images,
         scale=bank.map_range,
+        normal_scores=bank.normal_scores,
         about=_about(detector, bank.task),
         tables=tables,
         calibration=calibration,
