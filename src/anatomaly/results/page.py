@@ -79,12 +79,12 @@ def write_report(
     run = pairs(about or {}, "about")
     figures = (
         f"{reading_guide(references, scale, scale_bar, predictions)}{scores_section(scored, references, calls)}"
-        f"{p_values_section(scored, calibration, calls)}{quality_section(tables)}"
+        f"{p_values_section(scored, calibration, calls)}"
     )
     body = (
         f"<header><h1>{escaped(title)}</h1>{_summary(predictions, scored, calls)}</header><main>"
         f"{cases_section(scored, Shared(references, scale, calls, scale_bar), max_cases)}"
-        f'<div class="figures">{figures}</div>{reference_gallery(references)}'
+        f'<div class="figures">{figures}</div>{quality_section(tables)}{reference_gallery(references)}'
         f"{f'<section><h2>About this run</h2>{run}</section>' if run else ''}</main>"
     )
     write_whole(path, framed(body, title=title))
