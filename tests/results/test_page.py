@@ -19,7 +19,7 @@ from anatomaly.tables import Table
 from anatomaly.types import Prediction, Sample
 
 SCALE = (0.0, 2.0)
-VOID = {"meta", "img", "input", "br", "line", "rect"}
+VOID = {"meta", "img", "input", "br"}
 
 
 class Page(HTMLParser):
@@ -49,10 +49,15 @@ class Page(HTMLParser):
     def all(self, tag):
         return [attributes for name, attributes in self.elements if name == tag]
 
-    def picture(self, alt):
-        """(H, W, 3) pixels of the picture with this text alternative."""
-        source = next(each["src"] for each in self.all("img") if each["alt"] == alt)
-        return np.asarray(Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))))
+    def picture(self, alt, number=0):
+        """(H, W, 3) pixels of the picture with this text alternative; (H, W, 4) where it has clear parts."""
+        source = [each["src"] for each in self.all("img") if each["alt"].startswith(alt)][number]
+        picture = Image.open(io.BytesIO(base64.b64decode(source.split(",")[1])))
+        return np.asarray(picture.convert("RGBA") if "transparency" in picture.info else picture)
+
+    def cases(self):
+        """File names of the list, in its order."""
+        return [Path(each["data-name"]).name for each in self.all("li") if "data-name" in each]
 
 
 def prediction(name="a.png", score=0.5, *, label=None, shape=(20, 30), **changes):
@@ -113,22 +118,40 @@ def test_every_string_from_outside_is_escaped(tmp_path):
 
 def test_cases_come_highest_score_first_with_rank_and_label(tmp_path):
     made = page(tmp_path, prediction("low.png", 0.25), prediction("high.png", 4.0, label=1), prediction("mid.png", 1.5))
-    assert [Path(each["data-name"]).name for each in made.all("article")] == ["high.png", "mid.png", "low.png"]
-    assert made.all("article")[0]["data-label"] == "anomalous"
+    assert made.cases() == ["high.png", "mid.png", "low.png"]
+    assert next(each for each in made.all("li") if "data-name" in each)["data-label"] == "anomalous"
+    assert [each["id"] for each in made.all("article")] == ["case-1", "case-2", "case-3"]
     assert re.findall(r"score (\d\.\d+)", made.text) == ["4.000", "1.500", "0.2500"]
-    assert next(each["title"] for each in made.all("span") if each.get("class") == "rank") == "rank 1 of 3"
-    assert made.text.count("known to be anomalous") == 2  # the overview's count and the case's badge
+    assert next(each["title"] for each in made.all("span") if "title" in each) == "rank 1 of 3"
+    assert made.text.count("known to be anomalous") == 2  # the summary's count and the case's badge
 
 
-def test_cases_beyond_the_limit_are_counted_and_stay_in_the_overview(tmp_path):
+def test_cases_come_before_the_figures_and_after_the_summary(tmp_path):
+    text = page(tmp_path, prediction(label=1), failed("b.png", "b.png: is empty."), about={"Model": "m1"}).text
+    heads = ("Not for clinical use", "2 images", "1 not scored", "b.png: is empty.", "Cases", "How to read", "Scores")
+    assert [text.index(each) for each in heads] == sorted(text.index(each) for each in heads)
+    assert text.index("Scores") < text.index("Modelm1")
+
+
+def test_images_beyond_the_limit_are_lines_of_the_list_without_a_picture(tmp_path):
     many = [prediction(f"{n}.png", n) for n in range(7)]
     made = page(tmp_path, *many, max_cases=3)
-    assert [Path(each["data-name"]).name for each in made.all("article")] == ["6.png", "5.png", "4.png"]
-    assert "3 images, highest score first." in made.text
-    assert "4 images with lower scores are left out here; all of them are in scores.csv." in made.text
+    assert made.cases() == [f"{n}.png" for n in range(6, -1, -1)]
+    assert len(made.all("article")) == 3
+    links = [each["href"] for each in made.all("a") if each["href"] != "#guide"]
+    assert links == ["#case-1", "#case-2", "#case-3", *["#listed"] * 4]
+    assert "7 images, highest score first." in made.text
+    assert "The pictures of 4 images with lower scores are left out here; all scores are in scores.csv." in made.text
     assert "Distribution of the 7 scores" in made.text
     assert "left out" not in page(tmp_path, *many).text
     assert "1 image, highest score first." in page(tmp_path, many[0]).text
+
+
+def test_a_very_long_list_ends_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("anatomaly.results.cases._LONGEST_LIST", 5)
+    made = page(tmp_path, *[prediction(f"{n}.png", n) for n in range(7)], max_cases=3)
+    assert len(made.cases()) == 5
+    assert "The list ends after 5 of 7." in made.text
 
 
 def test_unreadable_images_are_listed_with_their_reason(tmp_path):
@@ -154,7 +177,7 @@ def test_a_run_without_a_score_still_makes_a_page(tmp_path, predictions):
 
 
 def bars(made):
-    return [(each["fill"], round(float(each["height"]), 1)) for each in made.all("rect")]
+    return [(each["class"], round(float(each["height"]), 1)) for each in made.all("rect")]
 
 
 def test_the_histogram_stacks_labels_and_counts_every_score(tmp_path):
@@ -186,54 +209,82 @@ def test_the_fixed_scale_is_printed_and_drawn(tmp_path):
     np.testing.assert_array_equal(bar[0], render_map(np.linspace(0, 1, 256)[None], (0.0, 1.0))[0])
 
 
-def test_a_case_shows_image_overlay_and_map_on_the_fixed_scale(tmp_path):
+def test_a_case_has_the_image_and_the_map_over_it_on_the_fixed_scale(tmp_path):
     hot = np.zeros((40, 60), np.float32)
     hot[:, 30:] = 2.0
+    hot[:, 15:30] = 1.0
     made = page(tmp_path, prediction(anomaly_map=hot, image=np.full((1, 40, 60), 0.25, np.float32)))
     assert made.picture("Image of a.png").shape == (40, 60, 3)
     np.testing.assert_allclose(made.picture("Image of a.png"), 64, atol=3)
-    map_picture, overlaid = made.picture("Map of a.png").astype(int), made.picture("Overlay of a.png").astype(int)
-    np.testing.assert_allclose(map_picture[20, 50], (252, 255, 164), atol=6)
-    np.testing.assert_allclose(map_picture[20, 10], (0, 0, 4), atol=6)
-    np.testing.assert_allclose(overlaid[20, 10], 64, atol=6)
-    assert overlaid[20, 50].sum() > 500
+    over = made.picture("Map of a.png").astype(int)
+    np.testing.assert_array_equal(over[20, 50], (252, 255, 164, 255))
+    np.testing.assert_allclose(over[20, 22], (*render_map(np.ones((1, 1)), SCALE)[0, 0], 128), atol=6)
+    assert over[20, 10, 3] == 0  # clear
 
 
 def test_pictures_are_small_and_have_true_proportions(tmp_path):
     made = page(tmp_path, prediction(shape=(1000, 500)), bank_images=[np.zeros((3, 600, 900))])
-    assert made.picture("Image of a.png").shape == (256, 128, 3)
-    assert made.picture("Reference image first").shape == (171, 256, 3)
+    assert made.picture("Image of a.png").shape == (384, 192, 3)
+    assert made.picture("Reference image first").shape == (43, 64, 3)  # beside the case
+    assert made.picture("Reference image first", 1).shape == (171, 256, 3)
     flat = page(tmp_path, prediction(shape=(100, 200), spacing=(5.0, 1.0)))  # a sagittal slice, 5 mm apart
-    for kind in ("Map", "Image", "Overlay"):
-        assert flat.picture(f"{kind} of a.png").shape == (200, 80, 3)
+    assert flat.picture("Image of a.png").shape == (200, 80, 3)
+    assert flat.picture("Map of a.png").shape[:2] == (200, 80)
+    view = next(each for each in flat.all("div") if each.get("class") == "view")
+    assert view["style"] == "--r:0.4000"
 
 
 def test_every_picture_has_a_text_alternative(tmp_path):
     made = page(tmp_path, prediction(), bank_images=[np.zeros((1, 9, 9))] * 2)
-    assert len(made.all("img")) == 1 + 2 + 3 + 1  # scale, references, views, top reference
-    assert all(each["alt"] for each in made.all("img"))
-    assert all(each["aria-label"] for each in made.all("svg"))
+    assert len(made.all("img")) == 2 + 2 + 2 + 1 + 1  # scales, references, layers, top reference, line of the list
+    assert [each["alt"] for each in made.all("img")].count("") == 1  # beside its name
+    assert all(each.get("aria-label") or each.get("aria-hidden") for each in made.all("svg"))
+
+
+def lines(made):
+    return [each["class"] for each in made.all("g")]
+
+
+def test_lines_hold_the_highest_values_of_the_image_and_those_beyond_the_scale(tmp_path):
+    steep = np.linspace(0, 1, 40 * 40, dtype=np.float32).reshape(40, 40)
+    image = np.zeros((1, 40, 40), np.float32)
+    assert lines(page(tmp_path, prediction(anomaly_map=steep, image=image))) == ["top"]
+    assert lines(page(tmp_path, prediction(anomaly_map=3 * steep, image=image))) == ["top", "high"]
+    made = page(tmp_path, prediction(anomaly_map=steep, image=image))
+    assert [float(y) for y in re.findall(r"M\S+ (\d+)l", made.all("path")[0]["d"])] == [pytest.approx(950, abs=15)]
+    assert lines(page(tmp_path, prediction())) == []  # nothing is higher than the rest
 
 
 def test_a_prediction_without_arrays_says_so(tmp_path):
-    assert page(tmp_path, prediction(image=None, anomaly_map=None)).text.count("not kept") == 3
-    assert page(tmp_path, prediction(image=None)).text.count("not kept") == 2
+    assert page(tmp_path, prediction(image=None, anomaly_map=None)).text.count("picture not kept") == 1
+    assert page(tmp_path, prediction(image=None)).text.count("image not kept") == 1
+    assert page(tmp_path, prediction(anomaly_map=None)).text.count("map not kept") == 1
+    assert "not kept" not in page(tmp_path, prediction()).text
 
 
 def test_missing_map_values_do_not_break_the_pictures(tmp_path):
     holes = np.full((20, 30), np.nan, np.float32)
     with np.errstate(invalid="raise"):
         made = page(tmp_path, prediction(anomaly_map=holes, image=holes[None]))
-    np.testing.assert_allclose(made.picture("Map of a.png"), 128, atol=3)
-    np.testing.assert_allclose(made.picture("Overlay of a.png"), 0, atol=3)
+    assert made.picture("Map of a.png")[..., 3].max() == 0
+    np.testing.assert_allclose(made.picture("Image of a.png"), 0, atol=3)
 
 
-@pytest.mark.parametrize("changes", [{"image": np.zeros((2, 20, 30))}, {"anomaly_map": np.zeros((0, 0))}])
-def test_an_odd_array_costs_its_picture_only(tmp_path, changes):
-    made = page(tmp_path, prediction("odd.png", 0.75, **changes), prediction())
-    assert [Path(each["data-name"]).name for each in made.all("article")] == ["odd.png", "a.png"]
-    assert made.text.count("not kept") >= 1
-    assert made.picture("Overlay of a.png").shape == (20, 30, 3)
+@pytest.mark.parametrize(
+    ("changes", "lost"),
+    [
+        ({"image": np.zeros((2, 20, 30))}, "image"),
+        ({"anomaly_map": np.zeros((0, 0))}, "map"),
+        ({"anomaly_map": np.zeros((7, 7))}, "map"),  # not of this image
+        ({"anomaly_map": np.zeros(3)}, "map"),
+        ({"image": np.zeros((1, 0, 0)), "anomaly_map": np.zeros((0, 0))}, "picture"),
+    ],
+)
+def test_an_odd_array_costs_its_picture_only(tmp_path, changes, lost):
+    made = page(tmp_path, prediction("odd.png", 0.75, **changes), prediction(), bank_images=[np.zeros((5, 9, 9))])
+    assert made.cases() == ["odd.png", "a.png"]
+    assert made.text.count("not kept") == made.text.count(f"{lost} not kept") == 1
+    assert made.picture("Map of a.png").shape[:2] == (20, 30)
 
 
 def test_image_values_beyond_the_display_range_are_clipped(tmp_path):
@@ -249,6 +300,47 @@ def test_the_reference_that_mattered_is_named_with_its_share(tmp_path):
     assert "Counted most: second" in made.text
     assert "second70%first30%" in made.text
     assert "width:70%" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("score", "words"),
+    [
+        (0.5, "1 of 2 reference images scores higher"),
+        (0.1, "2 of 2 reference images score higher"),
+        (0.7, "None of 2 reference images scores higher"),  # as high is not higher
+    ],
+)
+def test_the_references_own_scores_are_a_yardstick(tmp_path, score, words):
+    made = page(tmp_path, prediction(score=score), normal_scores=[0.2, 0.7])
+    assert words in made.text
+    assert "a rough yardstick" in made.text
+    assert "Each reference image was also judged by the others" in made.text
+    assert "firstscore 0.2000, judged by the others" in made.text
+    marks = [each for each in made.all("path") if each.get("class") == "reference"]
+    assert len(marks) == 2
+    assert "first: 0.2000" in made.text
+
+
+@pytest.mark.parametrize("scores", [None, [], [float("nan"), float("inf")]])
+def test_without_scores_of_the_references_there_is_no_yardstick(tmp_path, scores):
+    made = page(tmp_path, prediction(), normal_scores=scores)
+    assert "yardstick" not in made.text.lower()
+    assert "judged by the others" not in made.text
+    assert not any(each.get("class") == "reference" for each in made.all("path"))
+
+
+def test_the_histogram_reaches_to_the_references(tmp_path):
+    made = page(tmp_path, prediction(score=0.5), prediction("b.png", 0.7), normal_scores=[0.1, 1.5])
+    assert "0.1000lowest" in made.text
+    assert "1.500highest" in made.text
+    assert sum(height for _, height in bars(made)) == pytest.approx(130 * 2)
+    with np.errstate(over="raise"):
+        extreme = page(tmp_path, prediction(score=1.7e308), normal_scores=[-1.7e308, 0.0])
+    assert "None of 2 reference images" in extreme.text
+
+
+def test_one_known_score_of_a_reference_is_told_as_one(tmp_path):
+    assert "1 of 1 reference image scores higher" in page(tmp_path, prediction(score=0.5), normal_scores=[0.7]).text
 
 
 def test_equal_weights_are_not_told_as_a_preference(tmp_path):

@@ -15,7 +15,8 @@ from anatomaly.data.layouts import rows_of
 from anatomaly.data.transforms import load
 from anatomaly.detector.conformal import Call, needed_calls, needed_normals, rejected_up_to, threshold, unit_of
 from anatomaly.errors import AnatomalyError, ConfigError
-from anatomaly.results.page import shrink, write_report
+from anatomaly.results.layers import shrink
+from anatomaly.results.page import write_report
 from anatomaly.results.rows import Stored, stored_rows
 from anatomaly.results.run_record import alone, begin, facts_of, finish
 from anatomaly.results.writer import ResultWriter
@@ -138,6 +139,7 @@ def predict_to_folder(
             bank_names=bank.names,
             bank_images=bank_images,
             scale=bank.map_range,
+            normal_scores=bank.normal_scores,
             about=_about(detector, bank.task),
             tables=tables,
             calibration=calibration,

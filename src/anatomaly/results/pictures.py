@@ -28,6 +28,7 @@ _COLOURS = np.rint(np.stack(_CHANNELS, axis=1)).astype(np.uint8)  # (256, 3)
 _NO_VALUE = np.uint8(128)
 _STRIP = 2**20  # pixels that are coloured at a time
 _THUMBNAIL = 256  # longest side in pixels
+_LAYER_STEPS = 63  # of colour and clearness in a page's map: as even to the eye as 255, and a third of the bytes
 _OVERLAY_STRENGTH = 0.75  # below 1, so that anatomy shows through the brightest spot
 
 
@@ -111,19 +112,39 @@ def encode_picture(pixels: NDArray[np.uint8], *, kind: str) -> bytes:
     from PIL import Image
 
     buffer = io.BytesIO()
-    settings: dict[str, int] = {"quality": 88, "subsampling": 0} if kind == "JPEG" else {}
+    settings: dict[str, int] = {"quality": 80, "subsampling": 2} if kind == "JPEG" else {}
     Image.fromarray(pixels).save(buffer, kind, **settings)
     return buffer.getvalue()
 
 
-def thumbnail(image: NDArray[Any], spacing: tuple[float, float] | None) -> NDArray[np.float32]:
-    """(C, H, W) with its longest side at most 256 pixels, and square pixels where a usable spacing is known."""
+def encode_layer(anomaly_map: NDArray[Any], scale: tuple[float, float]) -> bytes:
+    """The bytes of a PNG to lay over an image: the higher on the scale, the less of the image shows through.
+
+    Args:
+        anomaly_map: (H, W) in map units.
+        scale: (low, high) in map units; clear at `low` or below and where the map is NaN, solid from `high` on.
+    """
+    from PIL import Image
+
+    steps = np.rint(np.nan_to_num(_on_scale(anomaly_map, scale)) * _LAYER_STEPS).astype(np.uint8)
+    shades = np.rint(np.arange(_LAYER_STEPS + 1) * (255 / _LAYER_STEPS)).astype(np.uint8)
+    picture = Image.fromarray(steps)
+    picture.putpalette(_COLOURS[shades].tobytes())  # which makes it one of numbered colours
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", transparency=shades.tobytes(), optimize=True)
+    return buffer.getvalue()
+
+
+def thumbnail(
+    image: NDArray[Any], spacing: tuple[float, float] | None, longest: int = _THUMBNAIL
+) -> NDArray[np.float32]:
+    """(C, H, W) with its longest side at most `longest` pixels, and square pixels where a usable spacing is known."""
     from PIL import Image
 
     if not image.size:
         raise ValueError(f"thumbnail: the image is {image.shape}, expected at least one pixel.")
     sizes = np.array(image.shape[1:]) * np.array((spacing and usable_spacing(*spacing)) or (1.0, 1.0))
-    sizes *= min(_THUMBNAIL, max(image.shape[1:])) / sizes.max()
+    sizes *= min(longest, max(image.shape[1:])) / sizes.max()
     height, width = (max(1, round(float(size))) for size in sizes)
     channels: Iterable[Any] = (np.ascontiguousarray(channel, dtype=np.float32) for channel in image)
     resized = [Image.fromarray(each).resize((width, height), Image.Resampling.BILINEAR) for each in channels]
