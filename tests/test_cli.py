@@ -732,6 +732,30 @@ def test_help_and_version_load_none_of_the_heavy_libraries():
     assert done.returncode == 0, done.stderr
 
 
+def test_neither_the_help_of_a_command_nor_a_typo_waits_for_torch():
+    """jsonargparse runs imports that stand under TYPE_CHECKING in the files of the records it reads."""
+    code = (
+        "import sys; from contextlib import suppress; from anatomaly.cli import COMMANDS, main\n"
+        "for name in COMMANDS:\n"
+        "    for word in ('--help', '--help_all', '--trainin.epochs=3'):\n"
+        "        with suppress(SystemExit): main([*name.split(), word])\n"
+        "        if heavy := {'torch', 'torchvision', 'lightning', 'timm', 'numba'} & set(sys.modules):\n"
+        "            sys.exit(f'{name} {word}: {heavy}')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_help_of_fit_shows_what_most_people_need_and_names_the_rest(run):
+    words = ("--data", "--out", "--preset", "--method.name", "--preprocessing.intensity.rule", "--training.epochs")
+    rare = ("--method.pdd.tau_low", "--global_teacher.name", "--training.cache_gib", "--scoring.blur")
+    short, whole = run("fit", "--help").out, run("fit", "--help_all").out
+    assert all(word in short for word in words)
+    assert not any(word in short for word in rare)
+    assert "--help_all shows every one" in " ".join(short.split())
+    assert all(word in whole for word in (*words, *rare))
+
+
 # --- what is left out, names and terminals of any encoding, words that YAML takes for something else ---
 
 

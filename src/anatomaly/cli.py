@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from anatomaly._version import __version__
 from anatomaly.commands import audit, benchmark, calibrate, data, demo, evaluate, explain, export, fit, predict, release
 from anatomaly.commands.console import fail, instantiated, never_fail_to_print
+from anatomaly.commands.processors import limit_threads
 from anatomaly.errors import AnatomalyError, ConfigError
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for library in ("lightning", "timm", "urllib3", "numba", "onnx_ir", "onnxscript"):
         logging.getLogger(library).setLevel(logging.WARNING)
     try:
+        limit_threads()
         code = _overview(words) if name is None else COMMANDS[name].run(_parse(name, words[len(name.split()) :]))
         print(end="", flush=True)  # there may be no standard output at all
         return code

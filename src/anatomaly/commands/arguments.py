@@ -30,7 +30,12 @@ def loading_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--teacher.weights", type=str | None, help="Take the teacher's weights from this file.")
     parser.add_argument("--global_teacher.weights", type=str | None, help="Likewise the second teacher's.")
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="Where to compute.")
-    parser.add_argument("--precision", type=Literal["fp32", "bf16"], default="fp32", help="bf16 is faster.")
+    parser.add_argument(
+        "--precision",
+        type=Literal["auto", "fp32", "bf16"],
+        default="auto",
+        help="auto: that of --bank, else fp32, on every machine; bf16 is faster where the processor can, else far slower.",
+    )
     parser.add_argument("--batch_size", type=int, default=16, help="Images per forward pass; changes no score.")
 
 
@@ -45,7 +50,7 @@ def load_detector(options: Namespace, folder: str | Path | None = None) -> Any:
     detector = Detector.load(
         named or BUILT_IN,
         device=options.device,
-        precision=options.precision,
+        precision=_precision(options),
         teacher_weights=options.teacher.weights,
         global_teacher_weights=options.global_teacher.weights,
     )
@@ -53,6 +58,16 @@ def load_detector(options: Namespace, folder: str | Path | None = None) -> Any:
         teachers = " and ".join(each.name for each in detector.facts.teachers)
         say(f"Built-in model: {detector.facts.name} on {teachers}, which learned from no medical image.")
     return detector
+
+
+def _precision(options: Namespace) -> Any:
+    """What `--precision` comes to; it depends on no machine, for scores, and what is calibrated on them, depend on it."""
+    if options.precision != "auto":
+        return options.precision
+    from anatomaly.detector.bundle import load_bank
+
+    bank = options.get("bank")
+    return "fp32" if bank is None else load_bank(Path(bank)).precision or "fp32"
 
 
 def support_arguments(parser: ArgumentParser) -> None:

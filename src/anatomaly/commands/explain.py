@@ -44,7 +44,7 @@ def teachers_arguments(parser: ArgumentParser) -> None:
     for role, which in (("teacher", "One frozen backbone"), ("global_teacher", "The other one")):
         parser.add_argument(f"--{role}.name", type=str, required=True, help=f"{which}; see fit --help for the names.")
         parser.add_argument(f"--{role}.weights", type=str, default="auto", help="auto, random, or a file.")
-        parser.add_argument(f"--{role}.blocks", type=tuple[int, ...] | None, default=None, help="See fit --help.")
+        parser.add_argument(f"--{role}.blocks", type=tuple[int, ...] | None, default=None, help="See fit --help_all.")
         parser.add_argument(f"--{role}.normalise", type=bool, default=True, help="Scale by the model's mean and std.")
     _image_arguments(parser)
     parser.add_argument("--size", type=int, nargs=2, default=[256, 256], help="Height and width the teachers see.")
