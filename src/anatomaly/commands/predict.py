@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from anatomaly.commands.arguments import (
     check_support_options,
     check_takes_support,
-    image_rows,
     load_detector,
+    manifest_of,
     model_arguments,
     support_arguments,
     support_rows,
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 def predict_arguments(parser: ArgumentParser) -> None:
     """Options of `predict`."""
     model_arguments(parser)
-    parser.add_argument("--images", type=str, required=True, help="File, folder or manifest of images to judge.")
+    parser.add_argument(
+        "--images", type=str, nargs="+", required=True, help="Images to judge: files, folders, or a table."
+    )
     support_arguments(parser)
     parser.add_argument("--out", type=str, required=True, help="Folder for tables, maps, overlays and report.")
     parser.add_argument("--maps", type=bool, default=True, help="Write maps as float32 arrays and volumes.")
@@ -39,7 +41,7 @@ def run_predict(options: Namespace) -> int:
     from anatomaly.results.folder import predict_to_folder
 
     check_support_options(options, "predict")
-    samples = image_rows(Path(options.images), options.task)
+    samples = manifest_of(options.images, options.task).samples
     detector = load_detector(options)
     check_takes_support(options, "predict", detector)
     pictures = []
@@ -48,7 +50,7 @@ def run_predict(options: Namespace) -> int:
     elif options.support is None:
         detector.set_task(options.task, intensity=options.intensity)
     else:
-        supports = support_rows(Path(options.support), options.task, options.shots)
+        supports = support_rows(options.support, options.task, options.shots)
         detector.set_support(supports, task=options.task, intensity=options.intensity)
         pictures = [load(row, detector.ready().preprocessing).display for row in supports]
     if options.save_bank is not None:

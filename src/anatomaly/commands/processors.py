@@ -21,5 +21,5 @@ def limit_threads(root: Path = Path("/sys/fs/cgroup")) -> None:
             quota, period = (float(word) for name in names for word in (root / name).read_text().split())
         except (OSError, ValueError):  # another system, or "max"
             continue
-        if 0 < quota and 0 < period:
+        if quota > 0 and period > 0:
             os.environ.setdefault("OMP_NUM_THREADS", str(min(math.ceil(quota / period), os.cpu_count() or 1)))

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 #: The settings that most people need; `--help` hides the others.
 _COMMON = {
     *("method.name", "teacher.name", "preprocessing.size"),
-    *(f"preprocessing.intensity.{name}" for name in ("rule", "low", "high")),
+    *("preprocessing.intensity", *(f"preprocessing.intensity.{name}" for name in ("rule", "low", "high"))),
     *("training.shots", "training.epochs", "training.batch_size", "training.device", "training.seed"),
 }
 #: The groups of settings.
