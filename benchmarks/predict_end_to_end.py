@@ -19,7 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from default_cost import copies, cpu
+from default_cost import copies
+from machine import machine
 
 from anatomaly.synthetic.phantom import write_benchmark
 
@@ -108,7 +109,7 @@ def main():
                 if repeat:
                     seconds[side].append(took)
         ours, theirs = (scores(root / f"{side}_0/scores.csv") for side in ("predict", "plain script"))
-    print(f"{cpu()}, {os.cpu_count()} cores; {args.images} images of {args.size} px, K = {args.shots}")
+    print(f"{machine()}; {args.images} images of {args.size} px, K = {args.shots}")
     print(
         "| side | seconds | images/s | script / side | processor seconds | script / side |\n|---|---|---|---|---|---|"
     )

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -355,17 +356,18 @@ def test_a_saved_bank_gives_the_same_scores_without_the_images(run, world, tmp_p
 
 def test_a_bank_of_bf16_is_used_in_bf16_and_everything_else_in_fp32(run, world, tmp_path):
     normals = sorted((world / "ph/head_ct/train/normal").iterdir())
-    words = ("--model", world / "model", "--task", "head_ct", "--normals", *normals[2:])
-    words = (*words, "--support", *normals[:2], "--save_bank", tmp_path / "bank")
-    assert run("calibrate", *words, "--precision=bf16").code == 0
+    shutil.copytree(world / "model", tmp_path / "model")
+    normals, supports = ("--normals", *normals[2:]), ("--support", *normals[:2])
+    words = ("--task", "head_ct", *normals, *supports, "--save_bank", tmp_path / "bank", "--precision=bf16")
+    assert run("calibrate", "--model", tmp_path / "model", *words).code == 0
     image, kept = ("--images", world / "normals/0.png"), ("--bank", tmp_path / "bank")
     for name, more, known in (("auto", (), True), ("fp32", ("--precision=fp32",), False)):
-        code, out, _ = run(*predict(world, tmp_path / name, *image, *kept, *more))
+        code, out, _ = run(*predict(tmp_path, tmp_path / name, *image, *kept, *more))
         assert code == 0
         assert ("no p-values" in out) != known, "they hold in the precision that they were calibrated in"
     fp32, auto = (tmp_path / name for name in ("fp32_support", "auto_support"))
     for out, more in ((fp32, ("--precision=fp32",)), (auto, ())):
-        assert run(*predict(world, out, *image, "--support", *normals[:2], *more)).code == 0
+        assert run(*predict(world, out, *image, *supports, *more)).code == 0
     one, two = (read_scores(out / "scores.csv")[0]["score"] for out in (fp32, auto))
     assert one == two
 

@@ -29,7 +29,7 @@ def choose_device(device: str, precision: str = "fp32") -> str:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: cuda asked for, this machine has none that torch can use. Pass --device cpu.")
-    if device == "cpu" and precision == "bf16" and not _has_bf16():
+    if device == "cpu" and precision == "bf16" and not has_bf16():
         _warn_slow()
     return device
 
@@ -42,7 +42,7 @@ def _warn_slow() -> None:
     )
 
 
-def _has_bf16() -> bool:
+def has_bf16() -> bool:
     """Whether this CPU multiplies bf16 itself; one that cannot be asked counts as one that does."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return True

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
+from anatomaly.types.settings import Preprocessing, Scoring  # `errors.check_words` looks them up
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
 
     from anatomaly.backbones.teacher import Teacher
-    from anatomaly.types.settings import Preprocessing, Scoring
 
 Split = Literal["train", "val", "test"]
 
