@@ -5,8 +5,8 @@
 Every side is a process of its own, started anew, on the same built-in PNG files (`anatomaly data phantom`), in turns.
 The script reads the files, finds the nearest patches, and writes maps and scores.  `predict` writes tables, maps,
 overlays and a report as it does by default, and once tables and maps only.  The ratio is the script's time divided by
-that of `predict`, in neighbouring runs; at 1 both take as long.  Seconds of the processors, of all processes of a side
-together, are less disturbed by what else the machine does.
+that of `predict`, in neighbouring runs; at 1 both take as long.  Seconds of the processors are those of the main
+process, and less disturbed by what else the machine does.
 """
 
 import argparse
@@ -126,7 +126,7 @@ def main():
 
 
 def run(words):
-    """Run a process: its seconds, and those of all processors; what it says is shown where it fails."""
+    """Run a process: its seconds, and the processors'; what it says is shown where it fails."""
     started = time.perf_counter()
     process = subprocess.Popen(list(map(str, words)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     message = process.stderr.read()
