@@ -9,11 +9,11 @@ medians of ratios of neighbouring runs.  "training step" is one loss and its gra
 """
 
 import argparse
-import os
 import statistics
 import time
 
 import torch
+from machine import machine
 
 from anatomaly.backbones import build_backbone
 from anatomaly.methods import build_method
@@ -34,7 +34,7 @@ def main():
     generator = torch.Generator().manual_seed(0)
     queries = torch.rand(args.batch, 3, args.size, args.size, generator=generator)
     supports = torch.rand(args.shots, 3, args.size, args.size, generator=generator)
-    print(f"{os.cpu_count()} cores, torch {torch.__version__}, K = {args.shots}, batch {args.batch}, {args.size} px")
+    print(f"{machine()}, K = {args.shots}, batch {args.batch}, {args.size} px")
     print("| teacher | side | images/s | speed, D24FAD = 1 | training step, s |\n|---|---|---|---|---|")
     for name in args.teachers:
         weights = "auto" if name == "efficientnet_lite0" else "random"

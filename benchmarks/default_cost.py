@@ -10,13 +10,14 @@ process of a run.
 
 import argparse
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from machine import machine
 
 from anatomaly.synthetic.phantom import write_benchmark
 
@@ -54,7 +55,7 @@ def main():
                 if repeat:
                     seconds[preset].append((times[1] - times[0]) / (len(tests) - len(tests) // 4))
     first = args.presets[0]
-    print(f"{cpu()}, {os.cpu_count()} cores; {args.images} images of 256 px, K = {args.shots}")
+    print(f"{machine()}; {args.images} images of 256 px, K = {args.shots}")
     print(f"| preset | images/s | time of an image, {args.presets[-1]} = 1 | peak memory, GiB |\n|---|---|---|---|")
     for preset in args.presets:
         ratio = statistics.median(a / b for a, b in zip(seconds[preset], seconds[args.presets[-1]], strict=True))
@@ -81,16 +82,6 @@ def copies(files, folder):
     for number, file in enumerate(files):
         (folder / f"{number:04}.png").symlink_to(file)
     return folder
-
-
-def cpu():
-    """The CPU's name."""
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if "model name" in line
-    ]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

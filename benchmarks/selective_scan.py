@@ -9,12 +9,12 @@ The floor is the bare recurrence on one tile that stays in the first-level cache
 """
 
 import argparse
-import os
 import statistics
 import time
 
 import numpy as np
 import torch
+from machine import machine
 
 from anatomaly.backbones.vmamba import _scan_numba
 from anatomaly.backbones.vmamba.cross_scan import cross_selective_scan
@@ -35,7 +35,7 @@ def main():
     started = time.perf_counter()
     cross_selective_scan(*stage(1, 2, 4, facts), backend="numba")
     first = time.perf_counter() - started
-    print(f"{os.cpu_count()} cores, torch {torch.__version__}, {args.model}, {args.size} px, batch {args.batch}")
+    print(f"{machine()}, {args.model}, {args.size} px, batch {args.batch}")
     print(f"first call of the compiled kernel: {first:.2f} s (compiles, or loads from numba's cache)\n")
 
     # Memory first, and in this order: what one backend has freed, the next one is given without a trace.

@@ -9,19 +9,20 @@ The floor of the part outside the scan is its multiply-adds at the speed of a la
 """
 
 import argparse
-import os
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from machine import machine
 from selective_scan import peak_mib, reset_peak
 
 from anatomaly.backbones.vmamba import network as vmamba
 from anatomaly.backbones.vmamba.network import VARIANTS, VMamba
+from anatomaly.detector.device import has_bf16
 
-SIDES = (("ref", False), ("chunked", False), ("numba", False), ("numba", True))
+SIDES = (("ref", False), ("chunked", False), ("numba", False), *[("numba", True)] * has_bf16())
 
 
 def main():
@@ -46,7 +47,7 @@ def main():
         (batch, name, bf16): run(model, images[:batch], name, bf16=bf16)[2] - before for batch, name, bf16 in order
     }
     weights = sum(parameter.numel() for parameter in model.parameters()) * 4 / 2**20
-    print(f"{os.cpu_count()} cores, torch {torch.__version__}, {args.model}, {args.size} px, weights {weights:.0f} MiB")
+    print(f"{machine()}, {args.model}, {args.size} px, weights {weights:.0f} MiB")
     print("| backend | batch | s / image | faster than ref | of it scan | peak MiB above start | features differ |")
     print("|---|---|---|---|---|---|---|")
     plain = truth = None

@@ -354,6 +354,52 @@ def test_a_saved_bank_gives_the_same_scores_without_the_images(run, world, tmp_p
     assert not (tmp_path / "one/overlays").exists()
 
 
+def test_a_bank_of_bf16_is_used_in_bf16_and_everything_else_in_fp32(run, world, tmp_path):
+    normals = sorted((world / "ph/head_ct/train/normal").iterdir())
+    shutil.copytree(world / "model", tmp_path / "model")
+    normals, supports = ("--normals", *normals[2:]), ("--support", *normals[:2])
+    words = ("--task", "head_ct", *normals, *supports, "--save_bank", tmp_path / "bank", "--precision=bf16")
+    assert run("calibrate", "--model", tmp_path / "model", *words).code == 0
+    image, kept = ("--images", world / "normals/0.png"), ("--bank", tmp_path / "bank")
+    for name, more, known in (("auto", (), True), ("fp32", ("--precision=fp32",), False)):
+        code, out, _ = run(*predict(tmp_path, tmp_path / name, *image, *kept, *more))
+        assert code == 0
+        assert ("no p-values" in out) != known, "they hold in the precision that they were calibrated in"
+    fp32, auto = (tmp_path / name for name in ("fp32_support", "auto_support"))
+    for out, more in ((fp32, ("--precision=fp32",)), (auto, ())):
+        assert run(*predict(world, out, *image, *supports, *more)).code == 0
+    one, two = (read_scores(out / "scores.csv")[0]["score"] for out in (fp32, auto))
+    assert one == two
+
+
+def test_images_and_supports_may_be_several_paths_as_a_shell_makes_of_a_star(run, refused, world, tmp_path):
+    files = sorted((world / "ph/head_ct/test/normal").iterdir())
+    normals = sorted((world / "normals").iterdir())
+    words = ("--images", *files[:2], world / "ph/head_ct/test", "--support", *normals[:2], normals[0])
+    assert run(*predict(world, tmp_path / "out", *words)).code == 0
+    rows = read_scores(tmp_path / "out/scores.csv")
+    assert len(rows) == 6, "an image counts once"
+    assert [name for name in rows[0] if name.startswith("weight_")] == ["weight_0", "weight_1"]
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(f"images: {files[0]}\nsupport: [{normals[0]}, {normals[1]}]\n")
+    assert run(*predict(world, tmp_path / "file", "-c", settings)).code == 0
+    line = refused(*predict(world, tmp_path / "x", "--images", world / "ph/manifest.csv", files[0]))
+    assert "got a table and other paths, expected it alone" in line
+    assert "nothing.png: no such file" in refused(*predict(world, tmp_path / "x", "--images", files[0], "nothing.png"))
+    assert not (tmp_path / "x").exists()
+
+
+def test_somebody_at_a_terminal_is_told_of_the_wait_at_once(run, world, tmp_path, monkeypatch):
+    words = predict(world, tmp_path / "out", "--images", world / "normals/0.png", "--support", world / "normals")
+    assert run(*words).err == ""
+    told = []
+    monkeypatch.setattr("anatomaly.commands.arguments.tell_wait", told.append)
+    monkeypatch.setattr("anatomaly.detector.detector.Detector.load", lambda *_, **__: told.append("load") or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(*words)
+    assert told == [f"Loading {world / 'model'}; this takes some seconds.", "load"]
+
+
 def test_shots_takes_the_first_of_the_supports(run, refused, world, tmp_path):
     words = ("--images", world / "normals/2.png", "--support", world / "normals")
     assert run(*predict(world, tmp_path / "out", *words, "--shots=2")).code == 0
@@ -750,6 +796,30 @@ def test_help_and_version_load_none_of_the_heavy_libraries():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_neither_the_help_of_a_command_nor_a_typo_waits_for_torch():
+    """jsonargparse runs imports that stand under TYPE_CHECKING in the files of the records it reads."""
+    code = (
+        "import sys; from contextlib import suppress; from anatomaly.cli import COMMANDS, main\n"
+        "for name in COMMANDS:\n"
+        "    for word in ('--help', '--help_all', '--trainin.epochs=3'):\n"
+        "        with suppress(SystemExit): main([*name.split(), word])\n"
+        "        if heavy := {'torch', 'torchvision', 'lightning', 'timm', 'numba'} & set(sys.modules):\n"
+        "            sys.exit(f'{name} {word}: {heavy}')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_help_of_fit_shows_what_most_people_need_and_names_the_rest(run):
+    words = ("--data", "--out", "--preset", "--method.name", "--preprocessing.intensity", "--training.epochs")
+    rare = ("--method.pdd.tau_low", "--global_teacher.name", "--training.cache_gib", "--scoring.blur")
+    short, whole = run("fit", "--help").out, run("fit", "--help_all").out
+    assert all(word in short for word in words)
+    assert not any(word in short for word in rare)
+    assert "--help_all shows every one" in " ".join(short.split())
+    assert all(word in whole for word in (*words, *rare))
 
 
 # --- what is left out, names and terminals of any encoding, words that YAML takes for something else ---

@@ -26,10 +26,11 @@ from anatomaly.commands import (
     support,
 )
 from anatomaly.commands.console import fail, instantiated, never_fail_to_print
+from anatomaly.commands.processors import limit_threads
 from anatomaly.errors import AnatomalyError, ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Container, Sequence
 
     from jsonargparse import ArgumentParser, Namespace
 
@@ -53,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for library in ("lightning", "timm", "urllib3", "numba", "onnx_ir", "onnxscript"):
         logging.getLogger(library).setLevel(logging.WARNING)
     try:
+        limit_threads()
         code = _overview(words) if name is None else COMMANDS[name].run(_parse(name, words[len(name.split()) :]))
         print(end="", flush=True)  # there may be no standard output at all
         return code
@@ -100,11 +102,12 @@ def _parse(name: str, words: Sequence[str]) -> Namespace:
 
     from anatomaly.data.decoding import MAX_DECODED_GIB, limit_decoded
 
-    set_loader("yaml", _load_yaml, (yaml.YAMLError,))
     command = COMMANDS[name]
     parser = ArgumentParser(prog=f"anatomaly {name}", description=command.help, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("-c", "--config", action="config", help="YAML file with these settings; flags after it win.")
     command.arguments(parser)
+    lists = {action.dest for action in parser._actions if action.nargs in ("+", "*")}
+    set_loader("yaml", partial(_load_yaml, lists=lists), (yaml.YAMLError,))
     if command.reads_images:
         parser.add_argument(
             "--max_decoded_gib",
@@ -136,10 +139,11 @@ def _parse(name: str, words: Sequence[str]) -> Namespace:
         ) from err
 
 
-def _load_yaml(text: str) -> Any:
+def _load_yaml(text: str, *, lists: Container[str] = ()) -> Any:
     """Read YAML with all words and numbers as text, for jsonargparse to read as the type of the setting.
 
-    A task may be called `no` or `2024`, which YAML would take for false and a number.
+    A task may be called `no` or `2024`, which YAML would take for false and a number.  Settings in `lists` may hold one
+    word, as they may on the command line.
     """
     import yaml
 
@@ -165,8 +169,11 @@ def _load_yaml(text: str) -> Any:
         value = yaml.load(text, Words)
     except RecursionError as err:
         raise yaml.YAMLError("nested too deep") from err
-    only_keys = isinstance(value, dict) and value and all(each is None for each in value.values())
-    return text if only_keys else value  # a name such as `brain:` or `{a, b}`
+    if not isinstance(value, dict):
+        return value
+    if value and all(each is None for each in value.values()):
+        return text  # a name such as `brain:` or `{a, b}`
+    return {key: [each] if key in lists and isinstance(each, str) else each for key, each in value.items()}
 
 
 #: What jsonargparse says, and how we say it; tests hold each to the installed version, or to what 4.46 said.

@@ -119,7 +119,7 @@ class TrainingConfig:
         validation: Share of each task's normals held out to choose the checkpoint, where there is no val split.
         validate_every: Epochs between validations.
         gradient_clip: Largest gradient norm; 0 switches clipping off.
-        precision: fp32 or bf16.
+        precision: fp32, or bf16: faster on GPUs and on CPUs that have instructions for it, far slower on others.
         device: auto, cpu or cuda.
         cache_gib: Memory for the teachers' features, computed once per image; 0 computes them at every step.
         cache_disk_gib: Disk for those that memory cannot hold, kept for later runs; rounds all features to float16.

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import pickle
 import pickletools
+import socket
 import sys
 import zipfile
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from anatomaly.backbones import weights
 from anatomaly.backbones.weights import (
     WeightsSource,
     cache_dir,
@@ -138,6 +140,16 @@ FAILURES = [
     RuntimeError("invalid hash value\nsecond line"),
     TimeoutError(),
 ]
+
+
+def test_a_silent_address_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setenv("ANATOMALY_CACHE", str(tmp_path))
+    monkeypatch.setattr(weights, "PATIENCE", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as server:  # takes the call and says nothing
+        source = WeightsSource("w.pth", "", url=f"http://127.0.0.1:{server.getsockname()[1]}/w.pth")
+        with pytest.raises(WeightsError, match=r"the download failed \(timed out\).*pass --teacher.weights FILE"):
+            find_weights("mine", source)
+    assert socket.getdefaulttimeout() is None
 
 
 @pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: type(failure).__name__)

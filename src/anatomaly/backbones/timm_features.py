@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from anatomaly.backbones.teacher import LEVELS, Teacher, forbid_blocks
-from anatomaly.backbones.weights import WeightsSource, find_weights, load_strict, read_state, tensors_of
+from anatomaly.backbones.weights import PATIENCE, WeightsSource, find_weights, load_strict, read_state, tensors_of
 from anatomaly.errors import ConfigError, WeightsError
 
 if TYPE_CHECKING:
@@ -229,9 +229,8 @@ def _reason(err: Exception) -> str:
     return (str(err).splitlines() or [type(err).__name__])[0][:120]
 
 
-#: How timm spells a model that stands on the Hugging Face hub alone, and seconds to wait for an answer from there.
+#: How timm spells a model that stands on the Hugging Face hub alone.
 _HUB = ("hf-hub", "hf_hub")
-_PATIENCE = 10
 
 
 @contextmanager
@@ -263,7 +262,7 @@ def _silence(address: str) -> Exception | None:
     from huggingface_hub import get_session
 
     try:
-        get_session().head(address, timeout=_PATIENCE)
+        get_session().head(address, timeout=PATIENCE)
     except Exception as err:  # of many kinds, by version and way
         return err
     return None

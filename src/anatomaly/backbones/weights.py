@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import os
 import pickle
+import socket
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 logger = logging.getLogger(__name__)
+
+#: Seconds that an address on the network may be silent.
+PATIENCE = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +99,8 @@ def _download(name: str, source: WeightsSource) -> Path:
     ways += [f"on a connected machine fetch {source.url} into {target.parent}", "pass --teacher.weights FILE"]
     ways += ["use --teacher.name efficientnet_lite0, whose weights come as a pip package"]
     logger.info("%s: downloading %s to %s", name, source.url, target)
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(PATIENCE)  # torch's download waits for ever
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(source.url, str(target), hash_prefix=source.sha256)
@@ -103,6 +109,8 @@ def _download(name: str, source: WeightsSource) -> Path:
         raise WeightsError(
             f"{name}: weights not found and the download failed ({reason}). Do one of: {'; '.join(ways)}."
         ) from err
+    finally:
+        socket.setdefaulttimeout(before)
     if not source.sha256:
         digest = file_digest(target)
         logger.warning("%s: no digest of %s is published; this one has sha256 %s.", name, target.name, digest)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anatomaly.commands.console import say, tell_left_out
+from anatomaly.commands.console import say, tell_left_out, tell_wait
 from anatomaly.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from jsonargparse import ArgumentParser, Namespace
 
+    from anatomaly.data.manifest import Manifest
     from anatomaly.types import Sample
 
 
@@ -30,22 +31,28 @@ def loading_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--teacher.weights", type=str | None, help="Take the teacher's weights from this file.")
     parser.add_argument("--global_teacher.weights", type=str | None, help="Likewise the second teacher's.")
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="Where to compute.")
-    parser.add_argument("--precision", type=Literal["fp32", "bf16"], default="fp32", help="bf16 is faster.")
+    parser.add_argument(
+        "--precision",
+        type=Literal["auto", "fp32", "bf16"],
+        default="auto",
+        help="auto: that of --bank, else fp32, on any machine; bf16 is faster where the processor has it, else slower.",
+    )
     parser.add_argument("--batch_size", type=int, default=16, help="Images per forward pass; changes no score.")
 
 
 def load_detector(options: Namespace, folder: str | Path | None = None) -> Any:
     """The model in a folder, else in `--model`, else the built-in one, loaded as `loading_arguments` say."""
-    from anatomaly.detector.bundle import BUILT_IN
-    from anatomaly.detector.detector import Detector
-
     if options.batch_size < 1:
         raise ConfigError(f"batch_size: got {options.batch_size}, expected at least 1.")
     named = options.model if folder is None else folder
+    tell_wait(f"Loading {named or 'the built-in model'}; this takes some seconds.")
+    from anatomaly.detector.bundle import BUILT_IN
+    from anatomaly.detector.detector import Detector
+
     detector = Detector.load(
         named or BUILT_IN,
         device=options.device,
-        precision=options.precision,
+        precision=_precision(options),
         teacher_weights=options.teacher.weights,
         global_teacher_weights=options.global_teacher.weights,
     )
@@ -55,11 +62,23 @@ def load_detector(options: Namespace, folder: str | Path | None = None) -> Any:
     return detector
 
 
+def _precision(options: Namespace) -> Any:
+    """What `--precision` comes to, the same on every machine: scores and calibrations depend on it."""
+    if options.precision != "auto":
+        return options.precision
+    from anatomaly.detector.bundle import load_bank
+
+    bank = options.get("bank")
+    return "fp32" if bank is None else load_bank(Path(bank)).precision or "fp32"
+
+
 def support_arguments(parser: ArgumentParser) -> None:
     """What images are compared with, and how they are read."""
     from anatomaly.types import Intensity
 
-    parser.add_argument("--support", type=str, help="Folder or manifest of K normal images of the same kind; not PDD.")
+    parser.add_argument(
+        "--support", type=str, nargs="+", help="K normal images of the same kind: files, folders, or a table; not PDD."
+    )
     parser.add_argument("--shots", type=int | None, default=None, help="Take only so many of the support images.")
     parser.add_argument("--bank", type=str, help="Saved support bank, instead of --support.")
     parser.add_argument("--save_bank", type=str, help="Save the support bank to this file.")
@@ -97,26 +116,43 @@ def check_takes_support(options: Namespace, verb: str, detector: Any) -> None:
         )
 
 
-def support_rows(source: Path, task: str, shots: int | None) -> Any:
-    """Normal rows of a folder or table: those of split train where it has any, never one that is labelled anomalous."""
-    from anatomaly.data.manifest import load_manifest
+def manifest_of(sources: Sequence[str], task: str | None) -> Manifest:
+    """The rows of image files and folders, or of one table; what folders hold besides images is told.
 
-    manifest = load_manifest(source, task=task)
-    tell_left_out(manifest)
+    Args:
+        sources: Paths, at least one; an image that several of them name counts once.
+        task: Name of the task where the source does not name it.
+
+    Raises:
+        ConfigError: A table is given together with other paths.
+        ManifestError: A path is not there, or holds no images.
+    """
+    from anatomaly.data.layouts import samples_of
+    from anatomaly.data.manifest import Manifest, is_table, load_manifest
+
+    rows: dict[tuple[str, int | None], Sample] = {}
+    for source in map(Path, sources):
+        if os.path.isfile(source) and not is_table(source):  # noqa: PTH113 False where pathlib raises
+            found: Sequence[Sample] = samples_of(source, task=task or "task")
+        else:
+            if len(sources) > 1 and is_table(source):
+                raise ConfigError(f"{source}: got a table and other paths, expected it alone. Give one or the other.")
+            manifest = load_manifest(source, task=task)
+            tell_left_out(manifest)
+            found = manifest.samples
+        if len(sources) == 1:
+            return Manifest(tuple(found), source)
+        for row in found:
+            rows.setdefault((os.path.realpath(row.path), row.frame), row)
+    return Manifest(tuple(rows.values()), Path(os.path.commonpath(sources)))
+
+
+def support_rows(sources: Sequence[str], task: str, shots: int | None) -> Any:
+    """Normal rows of files, folders or a table: of split train where it has any, never one labelled anomalous."""
+    manifest = manifest_of(sources, task)
     rows = [row for row in manifest if row.label != 1]
     rows = [row for row in rows if row.split == "train"] or rows
     if shots is not None and not 1 <= shots <= len(rows):
-        raise ConfigError(f"support: {source} has {len(rows)} normal images, {shots} shots asked. Change --shots.")
+        where = sources[0] if len(sources) == 1 else "what is given"
+        raise ConfigError(f"support: {where} has {len(rows)} normal images, {shots} shots asked. Change --shots.")
     return rows[:shots]
-
-
-def image_rows(source: Path, task: str | None) -> Sequence[Sample]:
-    """Rows of one image file, a folder or a table; what a folder holds besides images is told."""
-    from anatomaly.data.layouts import samples_of
-    from anatomaly.data.manifest import is_table, load_manifest
-
-    if os.path.isfile(source) and not is_table(source):  # noqa: PTH113 False where pathlib raises
-        return samples_of(source, task=task or "task")
-    manifest = load_manifest(source, task=task)
-    tell_left_out(manifest)
-    return manifest.samples

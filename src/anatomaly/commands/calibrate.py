@@ -9,15 +9,17 @@ from anatomaly.commands.arguments import (
     check_support_options,
     check_takes_support,
     load_detector,
+    manifest_of,
     model_arguments,
     support_arguments,
     support_rows,
 )
-from anatomaly.commands.console import tell_left_out
 from anatomaly.commands.progress import progress
 from anatomaly.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from jsonargparse import ArgumentParser, Namespace
 
     from anatomaly.types import Calibration
@@ -29,11 +31,13 @@ _LISTED = 10  # unreadable images named on the terminal
 def calibrate_arguments(parser: ArgumentParser) -> None:
     """Options of `calibrate`."""
     model_arguments(parser)
-    parser.add_argument("--normals", type=str, help="Folder or manifest of other normal images; without, the support.")
+    parser.add_argument(
+        "--normals", type=str, nargs="+", help="Other normal images: files, folders, or a table; without, the support."
+    )
     support_arguments(parser)
     parser.add_argument("--out", type=str, help="Write the calibrated model to this new folder, not into --model.")
     parser.add_argument("--replace", action="store_true", help="Also in place of a better calibration.")
-    parser.add_argument("--check", type=str, help="Calibrate nothing: ask whether these normals still fit.")
+    parser.add_argument("--check", type=str, nargs="+", help="Calibrate nothing: ask whether these normals still fit.")
 
 
 def run_calibrate(options: Namespace) -> int:
@@ -46,11 +50,11 @@ def run_calibrate(options: Namespace) -> int:
     few_shot = detector.method.needs_support
     _check_support(options, detector)
     source = options.normals or options.check
-    rows = None if source is None else normal_rows(detector, Path(source), options.task)
+    rows = None if source is None else normal_rows(detector, source, options.task)
     supports: Any = []
     left_out: tuple[Any, ...] = ()
     if options.support is not None:
-        supports = support_rows(Path(options.support), options.task, options.shots)
+        supports = support_rows(options.support, options.task, options.shots)
     if options.bank is not None:
         detector.load_support(options.bank)
     elif not few_shot:
@@ -129,7 +133,7 @@ def _check_support(options: Namespace, detector: Any) -> None:
         raise ConfigError(f"calibrate: {name} has no support to calibrate on. Give --normals, held out from training.")
 
 
-def normal_rows(detector: Any, source: Path, task: str) -> list[Any]:
+def normal_rows(detector: Any, sources: Sequence[str], task: str) -> list[Any]:
     """Rows to calibrate on: of split val where there are any, else those that are not of split train.
 
     Images that trained the model score lower than new ones and would make all p-values too small.
@@ -137,10 +141,7 @@ def normal_rows(detector: Any, source: Path, task: str) -> list[Any]:
     Raises:
         ConfigError: Only training images of a task that the model learned are left.
     """
-    from anatomaly.data.manifest import load_manifest
-
-    manifest = load_manifest(source, task=task)
-    tell_left_out(manifest)
+    manifest = manifest_of(sources, task)
     rows = (manifest if len(manifest.tasks) == 1 else manifest.select(task=task)).samples
     chosen = [row for row in rows if row.split == "val"] or [row for row in rows if row.split != "train"]
     if chosen:
@@ -148,8 +149,8 @@ def normal_rows(detector: Any, source: Path, task: str) -> list[Any]:
     learned = detector.facts.training.get("tasks", ())
     if not detector.method.needs_support or rows[0].task in learned or task in learned:
         raise ConfigError(
-            f"normals: {source} has rows of split train only, and the model learned this task; expected images it has "
-            "not seen, for it scores those lower. Give normal rows of split val."
+            f"normals: {manifest.source} has rows of split train only, and the model learned this task; expected "
+            "images it has not seen, for it scores those lower. Give normal rows of split val."
         )
     return list(rows)
 

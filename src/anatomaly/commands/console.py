@@ -30,6 +30,12 @@ def say(message: str) -> None:
         print(message, flush=True)
 
 
+def tell_wait(message: str) -> None:
+    """Say what is being waited for, to somebody who sits at a terminal; silence elsewhere, as of a progress bar."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        print(message, file=sys.stderr, flush=True)
+
+
 def tell_left_out(*manifests: Manifest) -> None:
     """Say in one line for each what was left out of a folder, by reason; nothing where nothing was."""
     from anatomaly.data.listing import describe

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anatomaly.commands.arguments import image_rows, load_detector, model_arguments, support_rows
+from anatomaly.commands.arguments import load_detector, manifest_of, model_arguments, support_rows
 from anatomaly.commands.console import fail
 from anatomaly.commands.progress import progress
 from anatomaly.errors import ConfigError
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 def _image_arguments(parser: ArgumentParser) -> None:
     from anatomaly.types import Intensity
 
-    parser.add_argument("--images", type=str, required=True, help="File, folder or manifest.")
+    parser.add_argument("--images", type=str, nargs="+", required=True, help="Files, folders, or a table.")
     parser.add_argument("--limit", type=int | None, default=None, help="So many of them, evenly spread over the rows.")
     parser.add_argument("--intensity", type=Intensity | None, default=None, help="How stored values become [0, 1].")
     parser.add_argument("--out", type=str, required=True, help="Folder for the table and the figures.")
 
 
 def _samples(options: Namespace, *, task: str | None = None) -> list[Any]:
-    rows = list(image_rows(Path(options.images), task))
+    rows = list(manifest_of(options.images, task))
     limit = options.limit
     if limit is not None and limit < 1:
         raise ConfigError(f"limit: got {limit}, expected at least 1.")
@@ -45,7 +45,7 @@ def teachers_arguments(parser: ArgumentParser) -> None:
     for role, which in (("teacher", "One frozen backbone"), ("global_teacher", "The other one")):
         parser.add_argument(f"--{role}.name", type=str, required=True, help=f"{which}; see fit --help for the names.")
         parser.add_argument(f"--{role}.weights", type=str, default="auto", help="auto, random, or a file.")
-        parser.add_argument(f"--{role}.blocks", type=tuple[int, ...] | None, default=None, help="See fit --help.")
+        parser.add_argument(f"--{role}.blocks", type=tuple[int, ...] | None, default=None, help="See fit --help_all.")
         parser.add_argument(f"--{role}.normalise", type=bool, default=True, help="Scale by the model's mean and std.")
     _image_arguments(parser)
     parser.add_argument("--size", type=int, nargs=2, default=[256, 256], help="Height and width the teachers see.")
@@ -105,7 +105,9 @@ def supports_arguments(parser: ArgumentParser) -> None:
     """Options of `explain supports`."""
     model_arguments(parser)
     _image_arguments(parser)
-    parser.add_argument("--support", type=str, required=True, help="Folder or manifest of K normal images.")
+    parser.add_argument(
+        "--support", type=str, nargs="+", required=True, help="K normal images: files, folders, or a table."
+    )
     parser.add_argument("--shots", type=int | None, default=None, help="Take only so many of the support images.")
     parser.add_argument("--task", type=str, default="task", help="Name of the kind of image.")
 
@@ -123,7 +125,7 @@ def run_supports(options: Namespace) -> int:
 
     detector = load_detector(options)
     check_supports(detector)
-    supports = support_rows(Path(options.support), options.task, options.shots)
+    supports = support_rows(options.support, options.task, options.shots)
     detector.set_support(supports, task=options.task, intensity=options.intensity)
     pictures = [load(row, detector.ready().preprocessing).display for row in supports]
     with progress("explain", len(samples)) as advance:

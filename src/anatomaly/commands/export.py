@@ -13,7 +13,7 @@ def export_arguments(parser: ArgumentParser) -> None:
     """Options of `export`."""
     parser.add_argument("--teacher.name", type=str, required=True, help="Such as wide_resnet50_2; see fit --help.")
     parser.add_argument("--teacher.weights", type=str, default="auto", help="auto, random, or a file.")
-    parser.add_argument("--teacher.blocks", type=tuple[int, ...] | None, default=None, help="See fit --help.")
+    parser.add_argument("--teacher.blocks", type=tuple[int, ...] | None, default=None, help="See fit --help_all.")
     parser.add_argument("--size", type=int, nargs=2, default=[256, 256], help="Height and width of its images.")
     parser.add_argument("--out", type=str, required=True, help="File to write, such as teacher.onnx.")
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from anatomaly.commands.arguments import (
     check_support_options,
     check_takes_support,
-    image_rows,
     load_detector,
+    manifest_of,
     model_arguments,
     support_arguments,
     support_rows,
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 def predict_arguments(parser: ArgumentParser) -> None:
     """Options of `predict`."""
     model_arguments(parser)
-    parser.add_argument("--images", type=str, required=True, help="File, folder or manifest of images to judge.")
+    parser.add_argument(
+        "--images", type=str, nargs="+", required=True, help="Images to judge: files, folders, or a table."
+    )
     support_arguments(parser)
     parser.add_argument("--out", type=str, required=True, help="Folder for tables, maps, overlays and report.")
     parser.add_argument("--maps", type=bool, default=True, help="Write maps as float32 arrays and volumes.")
@@ -40,7 +42,7 @@ def run_predict(options: Namespace) -> int:
 
     check_support_options(options, "predict")
     refuse_finished(Path(options.out))
-    samples = image_rows(Path(options.images), options.task)
+    samples = manifest_of(options.images, options.task).samples
 
     from anatomaly.data.transforms import load
     from anatomaly.results.folder import predict_to_folder  # takes seconds to load
@@ -53,7 +55,7 @@ def run_predict(options: Namespace) -> int:
     elif options.support is None:
         detector.set_task(options.task, intensity=options.intensity)
     else:
-        supports = support_rows(Path(options.support), options.task, options.shots)
+        supports = support_rows(options.support, options.task, options.shots)
         detector.set_support(supports, task=options.task, intensity=options.intensity)
         pictures = [load(row, detector.ready().preprocessing).display for row in supports]
     if options.save_bank is not None:

@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+#: The settings that most people need; `--help` hides the others.
+_COMMON = {
+    *("method.name", "teacher.name", "preprocessing.size"),
+    *("preprocessing.intensity", *(f"preprocessing.intensity.{name}" for name in ("rule", "low", "high"))),
+    *("training.shots", "training.epochs", "training.batch_size", "training.device", "training.seed"),
+}
 #: The groups of settings.
 _GROUPS = tuple(each.name for each in fields(FitConfig))
 #: Settings that stood beside the method's name before each method had a group of its own: old name -> new place.
@@ -47,6 +53,7 @@ def settings_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--task_intensity", type=dict[str, Intensity], help="Rules of tasks that need another one.")
     parser.add_class_arguments(Scoring, "scoring")
     parser.add_class_arguments(TrainingConfig, "training")
+    parser.add_argument("--help_all", action="help", help="Show every setting, not only those that most people need.")
     _set_defaults(parser, load_preset())
 
 
@@ -63,7 +70,9 @@ def parse_layered(parser: ArgumentParser, words: Sequence[str]) -> Namespace:
         ConfigError: The preset is unknown, or settings of several methods are given and none is named.
     """
     replaced, given = _with_preset_files(words), {}
-    if not {"-h", "--help"}.intersection(words):
+    if {"-h", "--help"}.intersection(words):
+        _show_common(parser)
+    elif "--help_all" not in words:
         explicit = [word for word in replaced if not word.startswith("--print_config")]
         found = moved(parser.parse_args(explicit, defaults=False), tell=False)
         given = {name: found[name] for name in _GROUPS if name in found}
@@ -121,6 +130,14 @@ def _method_of(given: Namespace) -> str | None:
     if len(about) > 1:
         raise ConfigError(f"method: got settings of {' and '.join(about)}, but no method. Choose one: --method.name.")
     return about[0] if about else None
+
+
+def _show_common(parser: ArgumentParser) -> None:
+    """Leave the settings that few people need out of the help text."""
+    hidden = [each for each in parser._actions if each.dest.split(".")[0] in _GROUPS and each.dest not in _COMMON]
+    for action in hidden:
+        action.help = SUPPRESS
+    parser.epilog = "These are the most common settings. --help_all shows every one; docs/ says what they are for."
 
 
 def _set_defaults(parser: ArgumentParser, config: FitConfig) -> None:

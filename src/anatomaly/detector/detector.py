@@ -60,7 +60,7 @@ class Detector:
         facts: What it says of itself: `ModelFacts.of(config.method, method)`.
         task_intensity: Intensity rules of known tasks that differ from `preprocessing.intensity`.
         device: Where to compute.
-        precision: "fp32", or "bf16" (faster on CPUs with AVX-512 bf16 or AMX and on GPUs).
+        precision: "fp32", or "bf16" (faster on CPUs with AVX-512 bf16 or AMX and on GPUs, far slower on others).
         calibrations: From `detector.calibrate.calibrate`; `predict` takes p-values from the one that fits, if any does.
     """
 
@@ -78,7 +78,7 @@ class Detector:
     ) -> None:
         check_preprocessing(preprocessing)
         check_scoring(scoring, preprocessing.size)
-        self.device = torch.device(choose_device(device))
+        self.device = torch.device(choose_device(device, precision))
         self.method = method.to(self.device).eval()
         torch.nn.ModuleList(self.method.teachers.values()).to(self.device)
         self.preprocessing = preprocessing

@@ -97,7 +97,7 @@ def _filled(record: _Record, settings: Mapping[str, Any], where: str) -> _Record
     for name, value in settings.items():
         place = f"{where}.{name}".removeprefix(".")
         if name not in {each.name for each in fields(record)}:  # type: ignore[arg-type]
-            raise ConfigError(f"{place}: there is no such setting. See anatomaly fit --help.")
+            raise ConfigError(f"{place}: there is no such setting. See anatomaly fit --help_all.")
         old = getattr(record, name)
         if is_dataclass(old):
             changed[name] = _filled(old, value, place)

@@ -76,7 +76,8 @@ def fit(
     if teachers is not None:  # what is recorded is what is used
         own = [TeacherConfig(each.name, each.facts().weights, each.normalise, each.blocks) for each in teachers]
         config = replace(config, teacher=own[0], global_teacher=own[1] if own[1:] else config.global_teacher)
-    device, precision = choose_device(config.training.device), config.training.precision
+    precision = config.training.precision
+    device = choose_device(config.training.device, precision)
     manifest = _in_order(manifest).with_hashes()
     train, held_out = normals_to_train_on(manifest), replace(manifest, samples=())
     if record.trained:
