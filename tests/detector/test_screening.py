@@ -25,7 +25,7 @@ def test_no_verdict_depends_on_the_unit_of_the_scores():
         assert one.ratio == pytest.approx(other.ratio)
 
 
-@pytest.mark.parametrize("shots", [3, 4, 8, 16])
+@pytest.mark.parametrize("shots", [4, 8, 16])
 def test_supports_that_belong_are_flagged_as_often_as_stated(shots):
     draws = np.exp(0.1 * np.random.default_rng(shots).standard_normal((2000, shots)))
     share = np.mean([any(odd(scores)) for scores in draws])
@@ -44,8 +44,8 @@ def test_low_scores_are_no_alarm_but_twins_are_told():
     assert screen([0.2, 0.22, 1e-6, 2e-6, 0.19, 0.6])[5].odd
 
 
-def test_two_images_have_no_odd_one():
-    assert screen([0.1, 0.9]) == screen([0.1]) == screen([]) == ()
+def test_of_too_few_images_none_is_the_odd_one():
+    assert screen([0.1, 0.1, 0.9]) == screen([0.1, 0.9]) == screen([0.1]) == screen([]) == ()
 
 
 def test_equal_and_zero_scores_are_no_alarm():

@@ -16,6 +16,7 @@ from anatomaly.commands.arguments import (
 )
 from anatomaly.commands.console import ended_by_signal, fail, say
 from anatomaly.commands.progress import progress
+from anatomaly.commands.support import warn_of_odd
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -47,6 +48,7 @@ def run_predict(options: Namespace) -> int:
     from anatomaly.data.transforms import load
     from anatomaly.results.folder import predict_to_folder  # takes seconds to load
 
+    supports = [] if options.support is None else support_rows(options.support, options.task, options.shots)
     detector = load_detector(options)
     check_takes_support(options, "predict", detector)
     pictures = []
@@ -55,9 +57,9 @@ def run_predict(options: Namespace) -> int:
     elif options.support is None:
         detector.set_task(options.task, intensity=options.intensity)
     else:
-        supports = support_rows(options.support, options.task, options.shots)
         detector.set_support(supports, task=options.task, intensity=options.intensity)
         pictures = [load(row, detector.ready().preprocessing).display for row in supports]
+    warn_of_odd(detector.ready())
     if options.save_bank is not None:
         detector.save_support(options.save_bank)
     with progress("predict", len(samples)) as advance:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import sys
 from typing import TYPE_CHECKING
 
 from anatomaly.commands.arguments import load_detector, model_arguments, support_rows
@@ -14,13 +14,14 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
     from anatomaly.detector.screening import Screened
+    from anatomaly.types import SupportBank
 
 
 def check_arguments(parser: ArgumentParser) -> None:
     """Options of `support check`."""
     from anatomaly.types import Intensity
 
-    parser.add_argument("support", type=str, help="Folder or manifest of K normal images of one kind.")
+    parser.add_argument("support", type=str, nargs="+", help="K normal images of one kind: files, folders, or a table.")
     model_arguments(parser)
     parser.add_argument("--shots", type=int | None, default=None, help="Take only so many of the images.")
     parser.add_argument("--task", type=str, default="task", help="Name of the kind of image.")
@@ -29,11 +30,11 @@ def check_arguments(parser: ArgumentParser) -> None:
 
 def run_check(options: Namespace) -> int:
     """Run `support check`: 0 where all belong, 1 where one stands out."""
-    from anatomaly.detector.screening import screen
+    from anatomaly.detector.screening import FEWEST, screen
 
-    rows = support_rows(Path(options.support), options.task, options.shots)
-    if len(rows) < 3:
-        raise ConfigError(f"support: {options.support} has {len(rows)} normal images, expected at least 3 to compare.")
+    rows = support_rows(options.support, options.task, options.shots)
+    if len(rows) < FEWEST:
+        raise ConfigError(f"support: got {len(rows)} normal images, expected at least {FEWEST} to compare. Add some.")
     detector = load_detector(options)
     bank = detector.set_support(rows, task=options.task, intensity=options.intensity).ready()
     screened = screen(bank.normal_scores)
@@ -44,11 +45,26 @@ def run_check(options: Namespace) -> int:
     ]
     columns = ("support", "score", "times the others'", "p", "")
     Table(f"{len(rows)} images, each judged by the others", columns, cells).print()
-    odd = [bank.names[k] for k in order if screened[k].odd]
-    if not odd:
+    if not screened[order[0]].odd:
         say("None stands out. A set that is wrong as a whole cannot be told from this.")
         return 0
-    return fail(f"{odd[0]} stands out. Look at it; if it does not belong, take it away and check again.", code=1)
+    name = bank.names[order[0]]
+    return fail(f"{name} stands out. Look at it; if it does not belong, take it away and check again.", code=1)
+
+
+def warn_of_odd(bank: SupportBank) -> None:
+    """Say on standard error which support stands out among the others, if one does."""
+    from anatomaly.detector.screening import screen
+
+    screened = screen(bank.normal_scores)
+    odd = [(one.ratio, name) for name, one in zip(bank.names, screened, strict=False) if one.odd]
+    if odd:
+        ratio, name = max(odd)
+        print(
+            f"{name} stands out among the support images: its score is {ratio:.1f} times the others'. Look at it; "
+            "anatomaly support check compares them all.",
+            file=sys.stderr,
+        )
 
 
 def remark_on(one: Screened) -> str:

@@ -20,6 +20,8 @@ _SPREAD, _COUNTS = 0.1, 4
 #: A score below this share of the median says that another support is nearly the same image.
 _TWIN = 0.5
 _ALPHA = 0.05
+#: Of three images two may be of one patient, and then the third would always stand out.
+FEWEST = 4
 
 
 class Screened(NamedTuple):
@@ -47,7 +49,7 @@ def screen(scores: Sequence[float]) -> tuple[Screened, ...]:
         scores: `SupportBank.normal_scores`: K, each of a support judged by the others, at least 0.
 
     Returns:
-        One entry per score; none where there are fewer than three, for of two images neither is the odd one.
+        One entry per score; none where there are fewer than `FEWEST`.
 
     Example:
         >>> [one.odd for one in screen([0.20, 0.21, 0.19, 0.45])]
@@ -56,7 +58,7 @@ def screen(scores: Sequence[float]) -> tuple[Screened, ...]:
     from scipy.stats import t as student
 
     k = len(scores)
-    if k < 3:
+    if k < FEWEST:
         return ()
     values = np.asarray(scores, dtype=np.float64)
     floor = _TWIN * max(float(np.median(values)), 1e-12)
