@@ -390,13 +390,13 @@ def test_images_and_supports_may_be_several_paths_as_a_shell_makes_of_a_star(run
 
 
 def test_somebody_at_a_terminal_is_told_of_the_wait_at_once(run, world, tmp_path, monkeypatch):
-    words = predict(world, tmp_path / "out", "--images", world / "normals/0.png", "--support", world / "normals")
-    assert run(*words).err == ""
+    words = ("--images", world / "normals/0.png", "--support", world / "normals")
+    assert run(*predict(world, tmp_path / "out", *words)).err == ""
     told = []
     monkeypatch.setattr("anatomaly.commands.arguments.tell_wait", told.append)
     monkeypatch.setattr("anatomaly.detector.detector.Detector.load", lambda *_, **__: told.append("load") or 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        run(*words)
+        run(*predict(world, tmp_path / "other", *words))
     assert told == [f"Loading {world / 'model'}; this takes some seconds.", "load"]
 
 
@@ -578,13 +578,12 @@ def test_results_are_never_overwritten(run, refused, world, tmp_path):
 
 
 def test_predict_without_a_model_uses_the_built_in_one(run, refused, world, tmp_path):
-    words = ("predict", "--images", world / "normals/2.png", "--out", tmp_path / "out")
-    code, out, _ = run(*words, "--support", world / "normals")
+    words = ("predict", "--images", world / "normals/2.png", "--out")
+    code, out, _ = run(*words, tmp_path / "out", "--support", world / "normals")
     assert code == 0
     assert "Built-in model: matching on efficientnet_lite0, which learned from no medical image." in out
     assert len(read_scores(tmp_path / "out/scores.csv")) == 1
-    words = (*words[:-1], tmp_path / "other")
-    assert "needs normal images to compare with. Give --support or --bank." in refused(*words)
+    assert "needs normal images to compare with. Give --support or --bank." in refused(*words[:-1], tmp_path / "other")
 
 
 def test_the_built_in_model_is_calibrated_into_a_new_folder(run, refused, world, tmp_path):

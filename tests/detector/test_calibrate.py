@@ -249,10 +249,10 @@ def test_a_worse_calibration_takes_the_place_of_a_better_one_where_it_is_asked_t
 @pytest.mark.usefixtures("supports", "normals", "queries")
 def test_calibrate_says_which_calibration_is_in_use(run, model, folder):
     words = ("calibrate", "--model", model, "--support", folder / "supports", "--task", "head_ct")
-    assert "In use: this calibration, where" in run(*words, "--normals", folder / "normals")[1]
+    assert "In use: this calibration; predict --model" in run(*words, "--normals", folder / "normals")[1]
     out = run(*words)[1]
     assert "In use: still the better one of before, 19 normal images held out; smallest possible 0.05. With --re" in out
-    assert "In use: this calibration, where" in run(*words, "--replace")[1]
+    assert "In use: this calibration; predict --model" in run(*words, "--replace")[1]
     images = ("--images", folder / "queries", "--out", model.parent / "out")
     out = run("predict", *map(str, words[1:]), *images)[1]
     assert out.startswith("p-values: 3 normal images of the support")

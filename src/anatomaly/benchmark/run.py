@@ -87,7 +87,7 @@ def run_grid(
         waiting: dict[Future[None], tuple[str, list[Cell]]] = {}
 
         def running() -> list[str]:  # jobs are begun in the order in which they were submitted
-            return [name for name, _ in list(waiting.values())[:jobs]]
+            return [name for job, (name, _) in waiting.items() if not job.done()][:jobs]
 
         def submit(cell: Cell) -> None:
             job = pool.submit(_run_cell, grid, cell, lists, out, keys[cell])

@@ -100,7 +100,7 @@ def _steps() -> Iterator[Callable[[Sequence[str], int, int], None]]:
     with progress("benchmark") as told:
 
         def step(running: Sequence[str], done: int, total: int) -> None:
-            told.at(done, total, "cells", f"now {', '.join(running)}" if running else "")
+            told.at(done, total, "cells", f"now {'; '.join(running)}" if running else "")
 
         yield step
 

@@ -104,7 +104,7 @@ def run_calibrate(options: Namespace) -> int:
     print(f"Stored in {Path(folder) / 'calibration.json'}.")
     used = detector.find_calibration()[0]
     if used is calibration:
-        print(f"In use: this calibration, where predict has --model {folder} and the same support and options.")
+        print(f"In use: this calibration; predict --model {folder} uses it with the same support and options.")
     else:
         print(f"In use: still the better one of before, {describe(used)} With --replace this one takes its place.")
     return 0
