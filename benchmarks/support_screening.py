@@ -34,12 +34,12 @@ class Encoded:
     def __init__(self, detector, rows):
         self.rows = list(rows)
         self.place = {row: i for i, row in enumerate(self.rows)}
-        parts = []
-        for batch in load_batches(self.rows, detector.preprocessing, batch_size=16):
-            parts.append(detector.encode([item.prepared.input for item in batch]))
+        batches = load_batches(self.rows, detector.preprocessing, batch_size=16)
+        parts = [detector.encode([item.prepared.input for item in batch]) for batch in batches]
         self.levels = [torch.cat(level) for level in zip(*parts, strict=True)]
 
     def of(self, rows):
+        """The encoded images of some of the rows."""
         index = [self.place[row] for row in rows]
         return [level[index] for level in self.levels]
 

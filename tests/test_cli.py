@@ -583,7 +583,7 @@ def test_predict_without_a_model_uses_the_built_in_one(run, refused, world, tmp_
     assert code == 0
     assert "Built-in model: matching on efficientnet_lite0, which learned from no medical image." in out
     assert len(read_scores(tmp_path / "out/scores.csv")) == 1
-    assert "needs normal images to compare with. Give --support or --bank." in refused(*words[:-1], tmp_path / "other")
+    assert "needs normal images to compare with. Give --support or --bank." in refused(*words, tmp_path / "other")
 
 
 def test_the_built_in_model_is_calibrated_into_a_new_folder(run, refused, world, tmp_path):
