@@ -16,7 +16,7 @@ from anatomaly.data.windows import spell_intensity
 from anatomaly.types import Image, Intensity
 
 #: An image that uses less of [0, 1], or shows fewer of 256 grey levels, has hardly any contrast left.
-LEAST_USED, LEAST_LEVELS = 0.1, 12.0
+LEAST_USED, LEAST_LEVELS = 0.1, 10.0
 #: What is said of such an image.
 NOTE = "hardly any contrast after the intensity rule: blank, saturated, or of another value range"
 

@@ -141,7 +141,7 @@ class CheckReport:
             "images are repeated within a split or across tasks": len(harmless),
             "pairs of images look the same across splits": len(self.near_duplicates),
         }
-        noted = Counter(note for _, note in self.notes)
+        noted = Counter(each for _, note in self.notes for each in note.split("; "))
         lines = [f"{number} {what}" for what, number in findings.items() if number]
         lines += [f"{number} images: {note}" for note, number in sorted(noted.items())]
         return [*lines, *self.faint, *_gaps(self.counts)]

@@ -82,11 +82,13 @@ def tell_training(samples: Sequence[Sample], preprocessing: Preprocessing, flag:
         preprocessing: With the task's resolved rule.
         flag: As in `find_fault`.
     """
-    looked = []
+    looked: list[Sample] = []
+    glances: list[Glance] = []
     for sample in _spread(samples):
         with suppress(AnatomalyError):  # told where the image is needed
-            looked.append((sample, glance(load(sample, preprocessing))))
-    if looked and (fault := find_fault(*zip(*looked, strict=True), preprocessing.intensity, flag=flag)):
+            glances.append(glance(load(sample, preprocessing)))
+            looked.append(sample)
+    if looked and (fault := find_fault(looked, glances, preprocessing.intensity, flag=flag)):
         logger.warning("%s: %s", samples[0].task, fault.line)
 
 
@@ -141,10 +143,8 @@ def _spread(samples: Sequence[Sample]) -> Sequence[Sample]:
 
 def _readable(samples: Iterable[Sample]) -> Iterator[Image]:
     for sample in samples:
-        try:
+        with suppress(ReadError):
             yield read_image(sample.path, frame=sample.frame)
-        except ReadError:
-            continue
 
 
 def _windowless_ct(image: Glance) -> bool:

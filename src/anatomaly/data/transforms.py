@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anatomaly.data.contrast import NOTE, measure, spell_suggestion
+from anatomaly.data.dicom import WINDOWLESS
 from anatomaly.data.readers import read_image
 from anatomaly.errors import ConfigError, ReadError, ShapeError
 from anatomaly.types import Image, Intensity, Preprocessing, Sample
@@ -50,7 +51,7 @@ def load(sample: Sample, preprocessing: Preprocessing) -> Prepared:
     """
     image = read_image(sample.path, frame=sample.frame, apply_voi=needs_voi(preprocessing.intensity))
     prepared = preprocess(image, preprocessing)
-    if not measure(prepared.display).poor:
+    if image.note == WINDOWLESS or not measure(prepared.display).poor:
         return prepared
     return prepared._replace(image=replace(image, note="; ".join(filter(None, [image.note, NOTE]))))
 

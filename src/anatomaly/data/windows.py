@@ -1,4 +1,4 @@
-"""Intensity rules as words: `brain`, `window:40/80`, `range:0..4095`, `percentile:1..99`, `auto`; see docs/intensity.md."""
+"""Intensity rules as words: `brain`, `window:40/80`, `range:0..4095`, `percentile:1..99`, `auto`."""
 
 from __future__ import annotations
 
