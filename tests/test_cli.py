@@ -23,7 +23,7 @@ from anatomaly import __version__, cli
 from anatomaly.cli import COMMANDS, main
 from anatomaly.commands import fit as fit_command
 from anatomaly.evaluation.metrics import bootstrap
-from anatomaly.types import Intensity
+from anatomaly.types import Intensity, Preprocessing
 
 TINY = (
     "--preset=attention",
@@ -877,6 +877,22 @@ def test_the_table_is_on_disk_before_anything_is_printed(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "dup2", lambda *_: None)
     assert main(["data", "check", str(tmp_path / "in"), "--csv", str(tmp_path / "t.csv")]) == 141
     assert "a.png" in (tmp_path / "t.csv").read_text(encoding="utf-8")
+
+
+def test_an_intensity_rule_may_be_a_word_in_flags_and_files(tmp_path):
+    (tmp_path / "s.yaml").write_text("preprocessing: {size: [64, 96], intensity: lung}\ntask_intensity: {a: brain}\n")
+    fit = ["--data=d", "--out=o", "-c", str(tmp_path / "s.yaml")]
+    options = cli._parse("fit", fit)
+    assert options.preprocessing == Preprocessing((64, 96), intensity=Intensity("window", -600, 1500))
+    assert options.task_intensity == {"a": Intensity("window", 40, 80)}
+    words = ["--preprocessing.intensity=range:0..4095", "--task_intensity={a: auto, b: {rule: range, high: 7}}"]
+    options = cli._parse("fit", [*fit, *words])
+    assert options.preprocessing.intensity == Intensity("range", 0, 4095)
+    assert options.task_intensity == {"a": Intensity(), "b": Intensity("range", 0, 7)}
+    for word in ("brain", "window:40/80", "{rule: window, low: 40, high: 80}", "{rule: window, centre: 40, width: 80}"):
+        for name, start in (("predict", PREDICT[1:]), ("evaluate", ("--model=m", "--data=d")), ("data check", ("d",))):
+            options = cli._parse(name, [*start, f"--intensity={word}"])
+            assert options.intensity == Intensity("window", 40, 80)
 
 
 @pytest.mark.parametrize("name", ["no", "yes", "2024", "null", "1e3", "0x1f", "~"])

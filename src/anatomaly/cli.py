@@ -188,11 +188,6 @@ _REWORDED = (
         r"Option '([^']+)' is required but not provided or its value is None",
         r"the following arguments are required: \1",
     ),
-    (
-        r"[Ee]xpected a dot import path string: (\S+?)\. Got.*",
-        r"expected braces, such as '{rule: range, low: 0}'. Got \1",
-    ),
-    (r"[Ee]xpected a dot import path string: (\S+)$", r"expected braces, such as '{rule: range, low: 0}'. Got \1"),
     (r"Problem with given class_path '[^']+': ", ""),
     (r"(\. Got value: \S+)\. Got (?:NestedArg|\{).*", r"\1"),
     (r'Parser key "([^"]+)": Expected', r"--\1: expected"),

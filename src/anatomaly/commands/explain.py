@@ -59,7 +59,7 @@ def run_teachers(options: Namespace) -> int:
 
     intensity = options.intensity or Intensity()
     if intensity.rule == "percentile":
-        raise ConfigError("intensity: percentile is fixed on training images, here are none. Give window or range.")
+        raise ConfigError("intensity: percentile is fixed on supports, here are none. Give --intensity range:0..255.")
     size = (options.size[0], options.size[1])
     preprocessing = Preprocessing(size=size, interpolation="bilinear", intensity=intensity)
     check_preprocessing(preprocessing)

@@ -17,6 +17,8 @@ from anatomaly.types import Image, Intensity
 
 #: An image that uses less of [0, 1], or shows fewer of 256 grey levels, has hardly any contrast left.
 LEAST_USED, LEAST_LEVELS = 0.1, 10.0
+#: Share of the pixels that has to be something else than the commonest level.
+LEAST_SHOWN = 0.05
 #: What is said of such an image.
 NOTE = "hardly any contrast after the intensity rule: blank, saturated, or of another value range"
 
@@ -32,7 +34,7 @@ class Contrast(NamedTuple):
     Attributes:
         used: Share of [0, 1] between the 0.5th and 99.5th percentile of the pixels.
         levels: Grey levels of 256 that tell the pixels apart: the exponential of the entropy, without the commonest
-            level, which in most scans is the background.
+            level, which in most scans is the background (unless next to nothing but background is there).
         blank: Whether all pixels are equal.
     """
 
@@ -54,14 +56,15 @@ def measure(display: NDArray[np.float32]) -> Contrast:
 
     Example:
         >>> measure(np.full((1, 9, 9), 0.5, np.float32))
-        Contrast(used=0.0, levels=0.0, blank=True)
+        Contrast(used=0.0, levels=1.0, blank=True)
     """
     grey = _thinned(display).mean(axis=0)
     counts = np.bincount((grey * 255 + 0.5).astype(np.intp).ravel(), minlength=256)
     low, high = (int(np.searchsorted(np.cumsum(counts), share / 100 * grey.size)) for share in _OUTER)
     others = np.delete(counts, counts.argmax())
-    shares = others[others > 0] / max(1, others.sum())
-    levels = float(np.exp(-(shares * np.log(shares)).sum())) if shares.size else 0.0
+    counted = others if others.sum() >= LEAST_SHOWN * grey.size else counts
+    shares = counted[counted > 0] / counted.sum()
+    levels = float(np.exp(-(shares * np.log(shares)).sum()))
     return Contrast((high - low) / 255, levels, bool(display.min() == display.max()))
 
 

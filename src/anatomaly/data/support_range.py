@@ -108,14 +108,14 @@ def find_fault(
     name, windowless = spell_intensity(rule), rule.rule == "auto" and any(map(_windowless_ct, glances))
     if blank:
         what = f"intensity {name} leaves one value for all pixels of all {len(glances)} images"
+    elif ct_window_of(rule) and (found := _no_ct(glances)):
+        what = f"intensity {name} is a window for CT in Hounsfield units, these images are {found}"
     elif windowless:
         what = "these CT files name no window, so intensity auto spreads all that they can hold over the input range"
     elif used < LEAST_USED:
         what = f"after intensity {name} the images use {100 * used:.0f} % of the input range"
     elif Contrast(used, levels, blank=False).poor:
-        what = f"after intensity {name} the images show about {levels:.0f} of 256 grey levels, the rest is cut off"
-    elif ct_window_of(rule) and (found := _no_ct(glances)):
-        return Fault(f"intensity {name} is a window for CT in Hounsfield units, these images are {found}.")
+        what = f"after intensity {name} the images show about {levels:.0f} of 256 grey levels"
     else:
         return None
     return Fault(f"{what}. {_remedy(samples, rule, flag)}", blank)

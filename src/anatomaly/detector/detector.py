@@ -228,7 +228,7 @@ class Detector:
         rule = intensity or self.task_intensity.get(task, self.preprocessing.intensity)
         if rule.rule == "percentile":
             known = ", ".join(self.task_intensity) or "none"
-            raise ConfigError(f"task {task!r} has no fixed range; choose another --task ({known}) or give --intensity.")
+            raise ConfigError(f"task {task!r} has no range: take another --task ({known}) or --intensity range:0..255.")
         low, high = ranges.get(task, (0.0, 2.0))
         return SupportBank(
             tensors={},
