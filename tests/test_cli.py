@@ -23,7 +23,7 @@ from anatomaly import __version__, cli
 from anatomaly.cli import COMMANDS, main
 from anatomaly.commands import fit as fit_command
 from anatomaly.evaluation.metrics import bootstrap
-from anatomaly.types import Intensity
+from anatomaly.types import Intensity, Preprocessing
 
 TINY = (
     "--preset=attention",
@@ -156,7 +156,7 @@ def test_an_unknown_key_in_a_file_names_the_nearest(refused, tmp_path):
         ("fit --data x --out y --training.learning_rate .nan", "training.learning_rate: got nan"),
         ("fit --data x --out y --preprocessing.intensity {rule: window, low: 4, high: 0}", "a width above 0"),
         ("fit --data x --out y -c missing.yaml", "File does not exist"),
-        ("predict --model m --images i --out o --support s --intensity range", "--intensity: expected braces"),
+        ("predict --model m --images i --out o --support s --intensity range", "--intensity: got range, expected auto"),
         ("predict --model m --images i --out o --support s --intensity.rule rang", "'percentile', got rang."),
         ("predict --model m --images i --out o --support s --bank b", "either --support (normal images) or --bank"),
         ("predict --model m --images i --out o --bank b --shots 2", "--bank has its own shots and intensity rule"),
@@ -879,6 +879,22 @@ def test_the_table_is_on_disk_before_anything_is_printed(tmp_path, monkeypatch):
     assert "a.png" in (tmp_path / "t.csv").read_text(encoding="utf-8")
 
 
+def test_an_intensity_rule_may_be_a_word_in_flags_and_files(tmp_path):
+    (tmp_path / "s.yaml").write_text("preprocessing: {size: [64, 96], intensity: lung}\ntask_intensity: {a: brain}\n")
+    fit = ["--data=d", "--out=o", "-c", str(tmp_path / "s.yaml")]
+    options = cli._parse("fit", fit)
+    assert options.preprocessing == Preprocessing((64, 96), intensity=Intensity("window", -600, 1500))
+    assert options.task_intensity == {"a": Intensity("window", 40, 80)}
+    words = ["--preprocessing.intensity=range:0..4095", "--task_intensity={a: auto, b: {rule: range, high: 7}}"]
+    options = cli._parse("fit", [*fit, *words])
+    assert options.preprocessing.intensity == Intensity("range", 0, 4095)
+    assert options.task_intensity == {"a": Intensity(), "b": Intensity("range", 0, 7)}
+    for word in ("brain", "window:40/80", "{rule: window, low: 40, high: 80}", "{rule: window, centre: 40, width: 80}"):
+        for name, start in (("predict", PREDICT[1:]), ("evaluate", ("--model=m", "--data=d")), ("data check", ("d",))):
+            options = cli._parse(name, [*start, f"--intensity={word}"])
+            assert options.intensity == Intensity("window", 40, 80)
+
+
 @pytest.mark.parametrize("name", ["no", "yes", "2024", "null", "1e3", "0x1f", "~"])
 def test_words_of_yaml_are_names_of_tasks(tmp_path, name):
     rules = f"task_intensity: {{{name}: {{rule: range, low: 0, high: 255}}}}"
@@ -914,8 +930,8 @@ REWORDED = {
     (*FIT, "--preprocessing.size=[a,b]"): "--preprocessing.size: expected a whole number, got a.",
     (*FIT, "--method.attention.mirrored=maybe"): "--method.attention.mirrored: expected true or false, got maybe.",
     (*FIT, "--tasks=a"): "--tasks: expected a list in brackets, got a.",
-    (*FIT, "--task_intensity={ct: 5}"): "--task_intensity: expected braces, such as '{rule: range, low: 0}', got 5.",
-    (*PREDICT, "--intensity=soft"): "--intensity: expected braces, such as '{rule: range, low: 0}', got soft.",
+    (*FIT, "--task_intensity={ct: 5}"): "--task_intensity: got 5, expected auto, window:40/80 (centre/width), ",
+    (*PREDICT, "--intensity=soft"): "--intensity: got soft, expected auto, window:40/80 (centre/width), ",
     (*PREDICT, "--shots=few"): "--shots: expected a whole number, got few.",
     (*PREDICT, "--intensity={rule: magic}"): "expected one of 'auto', 'window', 'range', 'percentile', got magic",
     ("benchmark", "--data=d", "--out=o", "--methods=5"): "--methods: expected settings in braces, got 5.",

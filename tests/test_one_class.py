@@ -295,7 +295,7 @@ def test_a_percentile_that_no_task_fixed_is_one_line(phantom, tmp_path, refused)
     words = predict((tmp_path / "m",), tmp_path / "out", "--images", judged(phantom)[0].path)
     assert detector.empty_bank("head_ct").preprocessing.intensity.rule == "range"
     line = refused(*words, "--task=chest_ct")
-    assert "task 'chest_ct' has no fixed range; choose another --task (head_ct) or give --intensity." in line
+    assert "task 'chest_ct' has no range: take another --task (head_ct) or --intensity range:0..255." in line
     assert not (tmp_path / "out").exists()
     assert detector.empty_bank("task").map_range == detector.empty_bank("head_ct").map_range, "unnamed: the only one"
     assert main([str(word) for word in words]) == 0

@@ -178,6 +178,7 @@ def _load_yaml(text: str, *, lists: Container[str] = ()) -> Any:
 
 #: What jsonargparse says, and how we say it; tests hold each to the installed version, or to what 4.46 said.
 _REWORDED = (
+    (r"Does not validate .*? intensity: got .*?(expected .*?) (?:- Exp|Given v).*value: (.*)", r"got \2, \1"),
     (
         r"Does not validate against any of the Union subtypes.*? Errors: "
         r"- (?:Expected a <class 'NoneType'> - )?(.*?) (?:- |Given value type).*Given value: (.*)",
@@ -187,13 +188,8 @@ _REWORDED = (
         r"Option '([^']+)' is required but not provided or its value is None",
         r"the following arguments are required: \1",
     ),
-    (
-        r"[Ee]xpected a dot import path string: (\S+?)\. Got.*",
-        r"expected braces, such as '{rule: range, low: 0}'. Got \1",
-    ),
-    (r"[Ee]xpected a dot import path string: (\S+)$", r"expected braces, such as '{rule: range, low: 0}'. Got \1"),
     (r"Problem with given class_path '[^']+': ", ""),
-    (r"(\. Got value: \S+)\. Got NestedArg.*", r"\1"),
+    (r"(\. Got value: \S+)\. Got (?:NestedArg|\{).*", r"\1"),
     (r'Parser key "([^"]+)": Expected', r"--\1: expected"),
     (r'Parser key "([^"]+)"', r"--\1"),
     (r"(?:a )?<class '(?:list|tuple)'>", "a list in brackets"),

@@ -67,13 +67,13 @@ def test_a_window_that_cannot_be_used_is_reported_as_predict_reports_it(tmp_path
     source = pydicom.dcmread(pydicom.data.get_testdata_file("MR_small.dcm", download=False))
 
     paths = [tmp_path / f"{i}.dcm" for i in range(2)]
-    for width, path in enumerate(paths):
+    for width, path in zip((0, 1600), paths, strict=True):
         source.WindowWidth = width
         source.save_as(path)
     report = check([Sample(path, "brain", "test", 0) for path in paths])
     note = "its own window of width 0 cannot be used: shown in the range the file declares"
     assert report.ok
-    assert report.notes == (("brain/test/0.dcm", note),)
+    assert [(row, words.split("; ")[0]) for row, words in report.notes] == [("brain/test/0.dcm", note)]
     assert f"1 images: {note}" in report.warnings
     assert f"warning: 1 images: {note}" in format_report(report)
 
@@ -223,6 +223,23 @@ def test_a_common_bright_rim_does_not_make_images_alike():
     discs = [np.where(radius < 0.9, 60 + 0.5 * smooth(seed), 0) + 180 * (abs(radius - 0.9) < 0.06) for seed in (5, 6)]
     first, second = (edge_signature(as_image(disc)) for disc in discs)
     assert first @ second < NEAR_SIMILARITY
+
+
+def test_images_without_contrast_are_a_warning_with_the_rule_to_give(tmp_path):
+    rows = []
+    for number in range(3):
+        pixels = np.random.default_rng(number).integers(0, 4096, (32, 32)).astype(np.uint16)
+        PIL.Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+        rows.append(Sample(tmp_path / f"{number}.png", "brain", "test", 0))
+    report = check(rows)
+    assert report.ok
+    told = [line for line in report.warnings if "contrast" in line or "intensity" in line]
+    assert len(told) == 2
+    assert told[0].startswith("3 images: hardly any contrast")
+    assert told[1].startswith("brain: after intensity auto the images use 6 %")
+    assert "Give --intensity range:0..4095," in told[1]
+    for fine in (Intensity("range", 0, 4095), Intensity("percentile", 1, 99)):
+        assert check(rows, intensity=fine).warnings == []
 
 
 def test_gaps_of_the_table_are_warnings(rows):

@@ -65,7 +65,7 @@ def test_the_input_is_left_alone():
 def test_rules_that_cannot_be_applied():
     with pytest.raises(ConfigError, match=r"not resolved\. Call transforms.resolve_intensity"):
         apply_intensity(image(RAMP), Intensity("percentile", 1, 99))
-    with pytest.raises(ReadError, match=r"x.png: the file declares no value range.*window, range or percentile"):
+    with pytest.raises(ReadError, match=r"x.png: the file declares no value range.* --intensity brain .*--preproc"):
         apply_intensity(image(RAMP), Intensity())
     for rule, low, high in [("window", 40, 0), ("window", 40, -5), ("range", 5, 5), ("range", 5, float("nan"))]:
         with pytest.raises(ConfigError, match=f"{rule} .* spans no values"):

@@ -2,8 +2,11 @@ import numpy as np
 import pytest
 
 from anatomaly.data.readers import count_frames, read_image
+from anatomaly.data.transforms import load
 from anatomaly.data.volumes import write_volume
+from anatomaly.data.windows import parse_intensity
 from anatomaly.errors import OutputError, ReadError, ShapeError
+from anatomaly.types import Preprocessing, Sample
 
 nibabel = pytest.importorskip("nibabel")
 
@@ -150,3 +153,23 @@ def test_a_rewritten_volume_is_read_anew(tmp_path):
         save(path, np.full(SHAPE, value, np.int16), AFFINES["RAS"])
         os.utime(path, ns=(value, value))
         assert read_image(path, frame=0).pixels.max() == value
+
+
+@pytest.mark.parametrize(
+    ("voxels", "words"),
+    [
+        (np.arange(1080).reshape(SHAPE) * 4 + 7, "--intensity range:"),
+        (np.linspace(-300, 900, 1080).astype(np.int16).reshape(SHAPE), "--intensity range:-"),
+        (np.where(RNG.random(SHAPE) < 0.5, -1000, 40).astype(np.int16), "--intensity brain"),
+        (np.full(SHAPE, 3, np.int16), "--intensity percentile:0.5..99.5"),
+    ],
+)
+def test_a_volume_that_auto_refuses_names_the_rule_to_give(tmp_path, voxels, words):
+    file = save(tmp_path / "v.nii.gz", voxels.astype(np.int16), affine_of("RAS"))
+    with pytest.raises(ReadError, match=r"declares no value range, intensity rule 'auto' needs one\.") as err:
+        load(Sample(file, "task", frame=5), Preprocessing())
+    assert f"Give {words}" in str(err.value)
+    assert "(in fit and benchmark: --preprocessing.intensity)" in str(err.value)
+    given = str(err.value).partition("--intensity ")[2].split()[0]
+    if not given.startswith("percentile"):
+        load(Sample(file, "task", frame=5), Preprocessing(intensity=parse_intensity(given)))

@@ -80,6 +80,25 @@ def test_the_same_image_twice_is_refused_whatever_the_file_is_called(detector, s
             detector.set_support(twice)
 
 
+def test_supports_that_show_nothing_are_told_or_refused(make_detector, tmp_path, caplog):
+    deep = [noise(seed, 40, 40).astype(np.uint16) * 16 for seed in range(3)]
+    for number, pixels in enumerate(deep):
+        Pillow.fromarray(pixels).save(tmp_path / f"{number}.png")
+    supports, query = [tmp_path / f"{number}.png" for number in range(2)], tmp_path / "2.png"
+    detector = make_detector("nearest").set_support(supports, task="twelve bits in sixteen")
+    assert "Give --intensity range:0..4095," in caplog.text
+    assert "hardly any contrast" in next(detector.predict([query])).note
+    caplog.clear()
+    detector.set_support(supports, task="twelve bits in sixteen", intensity=Intensity("range", 0, 4095))
+    assert caplog.text == ""
+    assert next(detector.predict([query])).note is None
+    eight = write_grey(tmp_path / "eight.png", noise(5, 40, 40))
+    assert "another value range" in next(detector.predict([eight])).note
+    blank = [write_grey(tmp_path / f"blank{grey}.png", np.full((9, 9), grey)) for grey in (3, 4)]
+    with pytest.raises(ConfigError, match="one value for all pixels of all 2 images"):
+        detector.set_support(blank)
+
+
 def test_an_unreadable_support_is_refused(detector, supports, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(supports[0].path.read_bytes()[:200])

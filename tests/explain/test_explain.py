@@ -567,7 +567,7 @@ def test_both_commands_may_share_a_folder(run, models, phantom, tmp_path):
         (["--teacher.weights=missing.pth"], "no weights file at missing.pth"),
         (
             ["--intensity.rule=percentile", "--intensity.low=1", "--intensity.high=99"],
-            "percentile is fixed on training",
+            "percentile is fixed on supports",
         ),
         (["--intensity.rule=range", "--intensity.low=5"], "range: got 5 and 1"),
         (["--out=/dev/null/x"], "/dev/null/x/explain.csv: cannot be written"),

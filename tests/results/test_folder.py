@@ -190,6 +190,15 @@ def test_pictures_are_kept_of_the_highest_cases_only(detector, tests, tmp_path, 
     assert "5 images with lower scores are left out" in texts(summary.report)
 
 
+def test_every_part_of_a_note_is_counted_by_itself(detector, tests, tmp_path, monkeypatch):
+    def predict(*_, **__):
+        yield from (made(note=note) for note in ("faint", "faint; a support", None))
+
+    monkeypatch.setattr(detector, "predict", predict)
+    remarks = predict_to_folder(detector, tests[:3], tmp_path / "out").remarks
+    assert remarks[-2:] == ("1 of 3 images: a support.", "2 of 3 images: faint.")
+
+
 def test_cases_of_equal_score_are_shown_with_their_pictures(detector, tests, tmp_path, monkeypatch):
     monkeypatch.setattr(anatomaly.results.folder, "_CASES", 3)
     same = []

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anatomaly.commands.console import say, tell_left_out, tell_wait
+from anatomaly.commands.intensity import intensity_argument
 from anatomaly.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -74,8 +75,6 @@ def _precision(options: Namespace) -> Any:
 
 def support_arguments(parser: ArgumentParser) -> None:
     """What images are compared with, and how they are read."""
-    from anatomaly.types import Intensity
-
     parser.add_argument(
         "--support", type=str, nargs="+", help="K normal images of the same kind: files, folders, or a table; not PDD."
     )
@@ -83,7 +82,7 @@ def support_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--bank", type=str, help="Saved support bank, instead of --support.")
     parser.add_argument("--save_bank", type=str, help="Save the support bank to this file.")
     parser.add_argument("--task", type=str, default="task", help="Name of the kind of image.")
-    parser.add_argument("--intensity", type=Intensity | None, default=None, help="Rule where it differs from fit's.")
+    intensity_argument(parser, "Rule where it differs from fit's")
 
 
 def check_support_options(options: Namespace, verb: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from anatomaly.commands.intensity import intensity_argument
 from anatomaly.commands.progress import progress
 
 if TYPE_CHECKING:
@@ -13,11 +14,9 @@ if TYPE_CHECKING:
 
 def check_arguments(parser: ArgumentParser) -> None:
     """Options of `data check`."""
-    from anatomaly.types import Intensity
-
     parser.add_argument("data", type=str, help="Folder or manifest (CSV, meta.json).")
     parser.add_argument("--near", type=bool, default=True, help="Also look for near-duplicates across splits.")
-    parser.add_argument("--intensity", type=Intensity | None, default=None, help="Rule that fit and predict will have.")
+    intensity_argument(parser, "Rule that fit and predict will have")
     parser.add_argument("--csv", type=str, help="Write the manifest with hashes to this CSV file.")
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from anatomaly.commands.arguments import load_detector, model_arguments
 from anatomaly.commands.console import say, tell_left_out
+from anatomaly.commands.intensity import intensity_argument
 from anatomaly.commands.progress import progress
 
 if TYPE_CHECKING:
@@ -21,20 +22,26 @@ def evaluate_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--shots", type=list[int] | int, default=[2, 4, 8], help="Values of K; not PDD.")
     parser.add_argument("--draws", type=int, default=5, help="Support draws per K.")
     parser.add_argument("--seed", type=int, default=0, help="Of the draws.")
+    intensity_argument(parser, "Rule where it differs from fit's")
     parser.add_argument("--out", type=str, help="Folder for evaluation.json, draws.csv and test_scores.csv.")
 
 
 def run_evaluate(options: Namespace) -> int:
     """Run `evaluate`."""
+    from anatomaly.config import check_intensity
     from anatomaly.data.manifest import load_manifest
     from anatomaly.evaluation.cells import write_evaluations
     from anatomaly.evaluation.evaluate import evaluate
     from anatomaly.evaluation.evaluation import pooled, table_of, tell_unreadable
 
+    if options.intensity is not None:
+        check_intensity(options.intensity, "intensity")
     manifest = load_manifest(Path(options.data))
     tell_left_out(manifest)
     detector = load_detector(options)
     results, tasks = [], list(options.tasks or manifest.tasks)
+    if options.intensity is not None:
+        detector.task_intensity = dict.fromkeys(tasks, options.intensity)
     with progress("evaluate", sum(row.task in tasks and row.split == "test" for row in manifest)) as advance:
         for task in tasks:
             results += evaluate(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from anatomaly.commands.arguments import load_detector, manifest_of, model_arguments, support_rows
 from anatomaly.commands.console import fail
+from anatomaly.commands.intensity import intensity_argument
 from anatomaly.commands.progress import progress
 from anatomaly.errors import ConfigError
 from anatomaly.tables import Table
@@ -20,11 +21,9 @@ if TYPE_CHECKING:
 
 
 def _image_arguments(parser: ArgumentParser) -> None:
-    from anatomaly.types import Intensity
-
     parser.add_argument("--images", type=str, nargs="+", required=True, help="Files, folders, or a table.")
     parser.add_argument("--limit", type=int | None, default=None, help="So many of them, evenly spread over the rows.")
-    parser.add_argument("--intensity", type=Intensity | None, default=None, help="How stored values become [0, 1].")
+    intensity_argument(parser, "How stored values become [0, 1]")
     parser.add_argument("--out", type=str, required=True, help="Folder for the table and the figures.")
 
 
@@ -60,7 +59,7 @@ def run_teachers(options: Namespace) -> int:
 
     intensity = options.intensity or Intensity()
     if intensity.rule == "percentile":
-        raise ConfigError("intensity: percentile is fixed on training images, here are none. Give window or range.")
+        raise ConfigError("intensity: percentile is fixed on supports, here are none. Give --intensity range:0..255.")
     size = (options.size[0], options.size[1])
     preprocessing = Preprocessing(size=size, interpolation="bilinear", intensity=intensity)
     check_preprocessing(preprocessing)

@@ -7,12 +7,13 @@ from argparse import SUPPRESS
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from anatomaly.commands.intensity import SPELLINGS, intensity_type
 from anatomaly.config import FitConfig, MethodConfig, TeacherConfig, TrainingConfig
 from anatomaly.errors import ConfigError
 from anatomaly.methods import METHODS
 from anatomaly.methods.settings import D24FADSettings
 from anatomaly.presets import DEFAULT_PRESET, configured, defaults_of, load_preset, preset_file, preset_names
-from anatomaly.types import Intensity, Preprocessing, Scoring
+from anatomaly.types import Preprocessing, Scoring
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -49,8 +50,10 @@ def settings_arguments(parser: ArgumentParser) -> None:
         parser.add_argument(f"--{former}", default=SUPPRESS, help=SUPPRESS)
     parser.add_class_arguments(TeacherConfig, "teacher")
     parser.add_class_arguments(TeacherConfig, "global_teacher")
-    parser.add_class_arguments(Preprocessing, "preprocessing")
-    parser.add_argument("--task_intensity", type=dict[str, Intensity], help="Rules of tasks that need another one.")
+    rule: Any = intensity_type()
+    parser.add_class_arguments(Preprocessing, "preprocessing", skip={"intensity"})
+    parser.add_argument("--preprocessing.intensity", type=rule, help=f"Values to [0, 1], {SPELLINGS}.")
+    parser.add_argument("--task_intensity", type=dict[str, rule], help="Tasks that need another one.")
     parser.add_class_arguments(Scoring, "scoring")
     parser.add_class_arguments(TrainingConfig, "training")
     parser.add_argument("--help_all", action="help", help="Show every setting, not only those that most people need.")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from anatomaly.commands.arguments import load_detector, model_arguments, support_rows
 from anatomaly.commands.console import fail, say
+from anatomaly.commands.intensity import intensity_argument
 from anatomaly.errors import ConfigError
 from anatomaly.tables import Table
 
@@ -19,13 +20,11 @@ if TYPE_CHECKING:
 
 def check_arguments(parser: ArgumentParser) -> None:
     """Options of `support check`."""
-    from anatomaly.types import Intensity
-
     parser.add_argument("support", type=str, nargs="+", help="K normal images of one kind: files, folders, or a table.")
     model_arguments(parser)
     parser.add_argument("--shots", type=int | None, default=None, help="Take only so many of the images.")
     parser.add_argument("--task", type=str, default="task", help="Name of the kind of image.")
-    parser.add_argument("--intensity", type=Intensity | None, default=None, help="Rule where it differs from fit's.")
+    intensity_argument(parser, "Rule where it differs from fit's")
 
 
 def run_check(options: Namespace) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -17,6 +17,7 @@ from anatomaly.data.findings import CheckReport, Count, DuplicateGroup, NearDupl
 from anatomaly.data.loading import read_ahead
 from anatomaly.data.manifest import Manifest
 from anatomaly.data.readers import read_image, read_mask_of, sniff_format
+from anatomaly.data.support_range import Glance, find_fault, glance
 from anatomaly.data.transforms import load, needs_voi
 from anatomaly.errors import ReadError
 from anatomaly.types import Image, Intensity, Preprocessing, Sample, Split
@@ -52,13 +53,13 @@ def check_manifest(
     readable: list[Sample] = []
     unreadable: list[tuple[str, str]] = []
     not_mapped: list[tuple[str, str]] = []
-    if intensity is not None and intensity.rule == "percentile":  # becomes a range, which no image is refused by
-        intensity = Intensity("range")
-    preprocessing = Preprocessing(intensity=intensity or Intensity())
+    rule = intensity or Intensity()
+    preprocessing = None if rule.rule == "percentile" else Preprocessing(intensity=rule)  # becomes a range that fits
     bad_masks: list[tuple[str, str]] = []
     altered: list[str] = []
     groups: dict[tuple[str, int | None], list[Sample]] = defaultdict(list)
     signatures: list[NDArray[np.float32]] = []
+    seen: dict[str, list[tuple[Sample, Glance]]] = defaultdict(list)
     notes: list[tuple[str, str]] = []
     looks = read_ahead(manifest, partial(_look, near=near, preprocessing=preprocessing), rows=_AHEAD, size=lambda _: 0)
     for done, (sample, look) in enumerate(zip(manifest, looks, strict=True), start=1):
@@ -73,6 +74,8 @@ def check_manifest(
                 altered.append(row_name(sample))
             if look.note is not None:
                 notes.append((row_name(sample), look.note))
+            if look.glance is not None:
+                seen[sample.task].append((sample, look.glance))
             if look.signature is not None:
                 signatures.append(look.signature)
         if on_progress is not None:
@@ -89,6 +92,7 @@ def check_manifest(
         not_mapped=tuple(not_mapped),
         left_out=manifest.left_out,
         notes=tuple(notes),
+        faint=tuple(_faint(seen, rule)),
     )
 
 
@@ -127,24 +131,36 @@ class _Look(NamedTuple):
     note: str | None
     signature: NDArray[np.float32] | None
     fault: str | None  # why `fit` and `predict` could not prepare it
+    glance: Glance | None
 
 
-def _look(sample: Sample, *, near: bool, preprocessing: Preprocessing) -> _Look | str:
+def _look(sample: Sample, *, near: bool, preprocessing: Preprocessing | None) -> _Look | str:
     """Read an image and its mask; the reason where the image cannot be read."""
-    fault = None
+    fault = seen = None
     try:
-        try:
-            image = load(sample, preprocessing).image  # so that what is refused later is told here
-        except ReadError as err:
-            fault = _reason(err, sample.path)
-            image = read_image(sample.path, frame=sample.frame)
+        image = None
+        if preprocessing is not None:
+            try:
+                prepared = load(sample, preprocessing)  # so that what is refused later is told here
+                image, seen = prepared.image, glance(prepared)
+            except ReadError as err:
+                fault = _reason(err, sample.path)
+        image = image or read_image(sample.path, frame=sample.frame)
     except ReadError as err:
         return _reason(err, sample.path)
     faults, signature = list(_mask_faults(sample, image)), None
     if near:  # look-alikes are found in what the file holds, not in what its window leaves of it
-        windowed = fault is None and needs_voi(preprocessing.intensity) and sniff_format(sample.path) == "dicom"
+        windowed = seen is not None and preprocessing is not None and needs_voi(preprocessing.intensity)
+        windowed = windowed and sniff_format(sample.path) == "dicom"
         signature = edge_signature(read_image(sample.path, frame=sample.frame) if windowed else image)
-    return _Look(image.sha256, faults, image.note, signature, fault)
+    return _Look(image.sha256, faults, image.note, signature, fault, seen)
+
+
+def _faint(seen: Mapping[str, Sequence[tuple[Sample, Glance]]], rule: Intensity) -> Iterator[str]:
+    """For each task whose images show next to nothing: what is wrong, and the rule to give."""
+    for task, looked in seen.items():
+        if fault := find_fault([sample for sample, _ in looked], [each for _, each in looked], rule):
+            yield f"{task}: {fault.line}"
 
 
 def _mask_faults(sample: Sample, image: Image) -> Iterator[tuple[str, str]]:

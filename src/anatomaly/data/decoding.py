@@ -40,6 +40,7 @@ class Decoded(NamedTuple):
         note: What to know about the pixels, such as a window that could not be used, or None.
         limits: Lowest and highest finite value of the volume this is a slice of, where the slice has NaN or infinite
             pixels; None for the image's own.
+        modality: As in `types.Image`.
     """
 
     pixels: NDArray[Any]
@@ -49,6 +50,7 @@ class Decoded(NamedTuple):
     spacing: tuple[float, float] | None = None
     note: str | None = None
     limits: tuple[float, float] | None = None
+    modality: str | None = None
 
 
 def limit_decoded(gib: float) -> None:

@@ -6,6 +6,7 @@ around in tables of 8-bit entries, refuses 12-bit modality tables and inverts th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
 _OTHER_PHOTOMETRIC = ("HSV", "ARGB", "CMYK", "YBR_PARTIAL_422", "YBR_PARTIAL_420", "XYB")  # names safe to print
+#: What is said of a CT that does not tell how it is to be shown.
+WINDOWLESS = "a CT without a window of its own: spread over all values it can hold (see --intensity brain)"
+_MODALITY = re.compile(r"[A-Z]{2}")
 #: Functional groups of enhanced multi-frame objects that hold, per frame, what other objects hold at the top.
 _FRAME_GROUPS = ("PixelValueTransformationSequence", "FrameVOILUTSequence", "PixelMeasuresSequence")
 
@@ -56,7 +60,7 @@ def decode(path: Path, frame: int | None, apply_voi: bool) -> Decoded:
         frame: 0-based frame, or None.
         apply_voi: Apply the file's own VOI LUT or window, where it has one.  The pixels are then in [0, 1], the range
             of what the file says should be shown; the first usable one of several alternative views is taken.  Where
-            none is usable (width 0), the declared range stays, and `note` says so.
+            none is usable (width 0), or a CT has none, the declared range stays, and `note` says so.
 
     Returns:
         Grey pixels in the modality's unit (CT: Hounsfield) with the range BitsStored can express in that unit, or RGB.
@@ -101,10 +105,18 @@ def _decode(path: Path, frame: int | None, apply_voi: bool) -> Decoded:
         return Decoded(np.moveaxis(stored, -1, 0), _stored_range(header), wanted_frame, spacing=spacing)
     invert = photometric == "MONOCHROME1" or header.get("PresentationLUTShape") == "INVERSE"
     values, value_range = _modality(_fill_padding(stored, header, bright_is_low=invert), header)
-    note = None
+    note, modality = None, _modality_of(header)
     if apply_voi:
         values, value_range, note = _voi(values, value_range, header)
-    return Decoded(values[None], value_range, wanted_frame, invert, spacing, note)
+        if modality == "CT" and note is None and value_range is not None and value_range[0] < 0:  # in Hounsfield units
+            note = WINDOWLESS
+    return Decoded(values[None], value_range, wanted_frame, invert, spacing, note, modality=modality)
+
+
+def _modality_of(header: Dataset) -> str | None:
+    """Modality, if it is one of the standard's short words: anything else might be a name."""
+    word = str(header.get("Modality") or "").strip().upper()
+    return word if _MODALITY.fullmatch(word) else None
 
 
 def _coloured(stored: NDArray[Any], header: Dataset) -> NDArray[Any]:

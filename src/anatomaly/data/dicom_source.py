@@ -32,6 +32,7 @@ _PALETTE_TAGS = [
 ]
 _TAGS = [
     "SOPClassUID",
+    "Modality",
     "Rows",
     "Columns",
     "NumberOfFrames",

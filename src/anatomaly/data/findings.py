@@ -96,6 +96,7 @@ class CheckReport:
         patients_in_two_splits: Patients whose images lie in several splits.
         left_out: Files and folders that became no row, by reason.
         notes: (row, note) of every image whose pixels need a word, such as an unusable window.
+        faint: A line for each task whose images show next to nothing after the intensity rule.
     """
 
     counts: tuple[Count, ...]
@@ -108,6 +109,7 @@ class CheckReport:
     not_mapped: tuple[tuple[str, str], ...] = ()
     left_out: LeftOut = field(default_factory=dict)
     notes: tuple[tuple[str, str], ...] = ()
+    faint: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -139,9 +141,10 @@ class CheckReport:
             "images are repeated within a split or across tasks": len(harmless),
             "pairs of images look the same across splits": len(self.near_duplicates),
         }
-        noted = Counter(note for _, note in self.notes)
+        noted = Counter(each for _, note in self.notes for each in note.split("; "))
         lines = [f"{number} {what}" for what, number in findings.items() if number]
-        return lines + [f"{number} images: {note}" for note, number in sorted(noted.items())] + _gaps(self.counts)
+        lines += [f"{number} images: {note}" for note, number in sorted(noted.items())]
+        return [*lines, *self.faint, *_gaps(self.counts)]
 
 
 def format_report(report: CheckReport) -> str:

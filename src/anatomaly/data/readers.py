@@ -118,6 +118,7 @@ def read_image(path: Path, *, frame: int | None = None, apply_voi: bool = False)
             invert=found["invert"],
             spacing=_pair(found["spacing"]),
             note=found["note"],
+            modality=found["modality"],
         )
 
 
@@ -138,7 +139,7 @@ def answer(request: workers.Request) -> workers.Answer:
         image = _read_here(path, frame=request["frame"], apply_voi=request["apply_voi"])
     except AnatomalyError as err:
         return {"error": type(err).__name__, "message": str(err).removeprefix(f"{path}: ")}, None
-    fields = ("value_range", "sha256", "frame", "invert", "spacing", "note")
+    fields = ("value_range", "sha256", "frame", "invert", "spacing", "note", "modality")
     return {name: getattr(image, name) for name in fields}, image.pixels
 
 
@@ -174,6 +175,7 @@ def _read_here(path: Path, *, frame: int | None, apply_voi: bool) -> Image:
             invert=decoded.invert,
             spacing=_pair(decoded.spacing),
             note=decoded.note,
+            modality=decoded.modality,
         )
 
 

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from anatomaly.data.contrast import NOTE, measure, spell_suggestion
+from anatomaly.data.dicom import WINDOWLESS
 from anatomaly.data.readers import read_image
 from anatomaly.errors import ConfigError, ReadError, ShapeError
 from anatomaly.types import Image, Intensity, Preprocessing, Sample
@@ -41,14 +43,17 @@ def needs_voi(intensity: Intensity) -> bool:
 
 
 def load(sample: Sample, preprocessing: Preprocessing) -> Prepared:
-    """Read one manifest row and prepare it.
+    """Read one manifest row and prepare it; where hardly any contrast is left of it, `image.note` says so.
 
     Raises:
         ReadError: The file cannot be read, or declares no value range while the rule is "auto".
         ConfigError: The intensity rule is unresolved or empty.
     """
     image = read_image(sample.path, frame=sample.frame, apply_voi=needs_voi(preprocessing.intensity))
-    return preprocess(image, preprocessing)
+    prepared = preprocess(image, preprocessing)
+    if image.note == WINDOWLESS or not measure(prepared.display).poor:
+        return prepared
+    return prepared._replace(image=replace(image, note="; ".join(filter(None, [image.note, NOTE]))))
 
 
 def preprocess(image: Image, preprocessing: Preprocessing) -> Prepared:
@@ -95,8 +100,8 @@ def _limits(image: Image, intensity: Intensity) -> tuple[float, float]:
     if intensity.rule == "auto":
         if image.value_range is None:
             raise ReadError(
-                f"{image.path}: the file declares no value range, intensity rule 'auto' needs one. "
-                "Set intensity to window, range or percentile."
+                f"{image.path}: the file declares no value range, intensity rule 'auto' needs one. Give --intensity "
+                f"{spell_suggestion(image)} (in fit and benchmark: --preprocessing.intensity) or another rule."
             )
         return image.value_range
     if intensity.rule == "window":

@@ -171,7 +171,7 @@ class Detector:
 
         Raises:
             ReadError: A support image cannot be read.
-            ConfigError: There is no image, the same image twice, or the method has no support.
+            ConfigError: There is no image, the same image twice, only blank ones, or the method has no support.
         """
         self.bank = self.make_bank(images, task=task, intensity=intensity)
         return self
@@ -228,7 +228,7 @@ class Detector:
         rule = intensity or self.task_intensity.get(task, self.preprocessing.intensity)
         if rule.rule == "percentile":
             known = ", ".join(self.task_intensity) or "none"
-            raise ConfigError(f"task {task!r} has no fixed range; choose another --task ({known}) or give --intensity.")
+            raise ConfigError(f"task {task!r} has no range: take another --task ({known}) or --intensity range:0..255.")
         low, high = ranges.get(task, (0.0, 2.0))
         return SupportBank(
             tensors={},
@@ -346,9 +346,8 @@ class Detector:
         calibration, _ = self.find_calibration()
         if batch_size < 1:
             raise ConfigError(f"predict: batch_size is {batch_size}, expected at least 1.")
-        samples = rows_of(items, task=task)
         started = time.perf_counter()
-        for batch in load_batches(samples, bank.preprocessing, batch_size=batch_size):
+        for batch in load_batches(rows_of(items, task=task), bank.preprocessing, batch_size=batch_size):
             readable = [(item.sample, item.prepared) for item in batch if item.prepared is not None]
             scored = iter([with_p_value(each, bank, calibration) for each in self._score(readable, bank)])
             seconds = (time.perf_counter() - started) / len(batch)

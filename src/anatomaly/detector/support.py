@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from anatomaly.data.layouts import rows_of
+from anatomaly.data.support_range import glance, tell_supports
 from anatomaly.data.transforms import load
 from anatomaly.errors import ConfigError
 
@@ -38,7 +39,7 @@ def support_samples(images: Iterable[str | Path | Sample], task: str) -> list[Sa
 
 
 def read_support(samples: Sequence[Sample], preprocessing: Preprocessing) -> tuple[Tensor, tuple[str, ...]]:
-    """Read the images of a support.
+    """Read the images of a support; one line says so where they show next to nothing after their intensity rule.
 
     Args:
         samples: K rows.
@@ -49,14 +50,16 @@ def read_support(samples: Sequence[Sample], preprocessing: Preprocessing) -> tup
 
     Raises:
         ReadError: An image cannot be read.
-        ConfigError: The same image is given twice.
+        ConfigError: The same image is given twice, or all are blank.
     """
-    inputs, digests = [], []
+    inputs, digests, glances = [], [], []
     for sample in samples:
-        pixels, _, image = load(sample, preprocessing)
-        inputs.append(torch.from_numpy(pixels))
-        digests.append(f"{image.sha256}#{sample.frame or 0}")
+        prepared = load(sample, preprocessing)
+        inputs.append(torch.from_numpy(prepared.input))
+        digests.append(f"{prepared.image.sha256}#{sample.frame or 0}")
+        glances.append(glance(prepared))
     if len(set(digests)) < len(digests):
         twice = next(s.name for s, d in zip(samples, digests, strict=True) if digests.count(d) > 1)
         raise ConfigError(f"support: {twice} is given twice, expected K different images. Remove the copies.")
+    tell_supports(samples, glances, preprocessing.intensity)
     return torch.stack(inputs), tuple(digests)

@@ -225,7 +225,7 @@ def _calls(
 def _remarks(
     predictions: Sequence[Prediction], calibration: Calibration | None, fdr: float | None, dependent: bool
 ) -> Iterable[str]:
-    notes = [p.note for p in predictions if p.note is not None]
+    notes = [each for p in predictions if p.note is not None for each in p.note.split("; ")]
     for note in sorted(set(notes)):
         yield f"{notes.count(note)} of {len(predictions)} images: {note}."
     if calibration is None:

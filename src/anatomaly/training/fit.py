@@ -13,6 +13,7 @@ from anatomaly.backbones.teacher import misfit
 from anatomaly.config import TeacherConfig, differences, with_later_settings
 from anatomaly.data.listing import natural_key
 from anatomaly.data.readers import read_image
+from anatomaly.data.support_range import tell_training
 from anatomaly.data.transforms import resolve_intensity
 from anatomaly.detector.bundle import CONFIG
 from anatomaly.detector.detector import Detector
@@ -181,6 +182,8 @@ def _resolve(config: FitConfig, train: Manifest, on_progress: Callable[[int, int
         rule = config.task_intensity.get(task, config.preprocessing.intensity)
         rows = train.select(task=task)
         rules[task] = resolve_intensity(rule, _read(rows, on_progress))
+        flag = "--preprocessing.intensity RULE" if len(train.tasks) == 1 else f"--task_intensity '{{{task}: RULE}}'"
+        tell_training(rows.samples, replace(config.preprocessing, intensity=rules[task]), flag)
     if later := sorted(set(config.task_intensity).difference(train.tasks)):
         logger.warning("task_intensity: %s is not trained on, its rule is kept for later.", ", ".join(later))
     return {task: rule for task, rule in rules.items() if rule != config.preprocessing.intensity}

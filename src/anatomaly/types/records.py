@@ -34,6 +34,7 @@ class Image:
         frame: 0-based frame of a multi-frame file or slice of a volume; None for a plain 2-D file.
         sha256: Hex digest of the whole file.
         note: What to know about the pixels, such as NaN ones that got a value, or None.
+        modality: DICOM's word for the kind of scanner, such as "CT"; None where the file does not say.
     """
 
     pixels: NDArray[np.float32]
@@ -44,6 +45,7 @@ class Image:
     invert: bool = False
     spacing: tuple[float, float] | None = None
     note: str | None = None
+    modality: str | None = None
 
     @property
     def size(self) -> tuple[int, int]:
