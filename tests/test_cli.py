@@ -724,8 +724,15 @@ def test_the_demo_runs_from_images_to_report_once(run, refused, tmp_path, monkey
 
     monkeypatch.setattr(demo, "load_preset", short)
     monkeypatch.setattr("anatomaly.training.lesion_episodes.STEPS", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(demo, "fit", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run("demo", "--out", tmp_path / "demo")
+    first = tmp_path / "demo/predictions/report.html"
+    before = first.stat().st_mtime_ns  # there is a report before anything is trained, and it is kept
     code, out, _ = run("demo", "--out", tmp_path / "demo")
     assert code == 0
+    assert first.stat().st_mtime_ns == before
     assert out.endswith(f"Report: {tmp_path / 'demo/report.html'}\n")
     assert all(name in out for name in ("d24fad", "matching", "nearest"))
     assert "A task nobody trained on" in (tmp_path / "demo/report.html").read_text()

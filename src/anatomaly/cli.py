@@ -235,7 +235,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "demo": Command(
-        "Train on built-in images of four kinds, test on a fifth, write a report.",
+        "Judge built-in images with eight normal ones, compare methods on them, write a report.",
         demo.demo_arguments,
         demo.run_demo,
         reads_images=False,
