@@ -26,6 +26,10 @@ _MAKER = "anatomaly"
 KINDS = {"overlay": 1, "marked": 2, "map01": 3, "map": 4}
 
 
+#: What highdicom is told where a multi-frame source says no spacing, and what is then taken out again: no pixel is so.
+_NO_SPACING = (99999.0, 99999.0)
+
+
 @dataclass(frozen=True)
 class Maker:
     """What made the verdicts.
@@ -136,8 +140,11 @@ def segmentation(
         omit_empty_frames=False,  # a plane that was judged and has nothing is not one that was not judged
         **_series(stack[0].header, maker, kind, series),
     )
+    if stack[0].geometry is None:
+        made.PatientOrientation = _orientation(stack[0])
     for groups in made.SharedFunctionalGroupsSequence:
-        if "PixelMeasuresSequence" in groups and not groups.PixelMeasuresSequence:
+        measures = groups.get("PixelMeasuresSequence")
+        if measures and tuple(measures[0].PixelSpacing) == _NO_SPACING:
             del groups.PixelMeasuresSequence
     return made
 
@@ -233,6 +240,7 @@ def _plain(plane: Plane) -> Dataset:
 
 def _with_shared_groups(plane: Plane) -> Dataset:
     """A multi-frame source whose shared groups say orientation and pixel spacing, wherever it says them itself."""
+    from highdicom import PixelMeasuresSequence
     from pydicom.dataset import Dataset
 
     source = plane.header.copy()
@@ -245,7 +253,7 @@ def _with_shared_groups(plane: Plane) -> Dataset:
             if name not in groups and name in each:
                 setattr(groups, name, each[name].value)
     if "PixelMeasuresSequence" not in groups:
-        groups.PixelMeasuresSequence = []
+        groups.PixelMeasuresSequence = PixelMeasuresSequence(_NO_SPACING, None)
     source.SharedFunctionalGroupsSequence = [groups]
     if plane.geometry is None:
         source.pop("FrameOfReferenceUID", None)
