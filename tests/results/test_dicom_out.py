@@ -283,6 +283,20 @@ def test_an_enhanced_file_of_which_some_frames_were_judged(tmp_path, name, own_g
         assert seen == set(judged)
 
 
+def test_several_enhanced_files_of_a_series_are_several_stacks(tmp_path):
+    path, _ = enhanced(tmp_path, "axial")
+    other = pydicom.dcmread(path)
+    other.SOPInstanceUID = other.file_meta.MediaStorageSOPInstanceUID = "2.25.7"
+    for groups in other.PerFrameFunctionalGroupsSequence:
+        groups.PlanePositionSequence[0].ImagePositionPatient[2] += 100
+    other.save_as(path.with_name("other.dcm"))
+    images = [(file, frame) for file in (path, path.with_name("other.dcm")) for frame in range(4)]
+    a_run(tmp_path / "out", images)
+    write_dicom(tmp_path / "out", MAKER, None)
+    made = [{uid for _, (uid, _), _ in frames_of(each)} for each in objects(tmp_path / "out")["map"]]
+    assert made == [{str(pydicom.dcmread(path).SOPInstanceUID)}, {"2.25.7"}]
+
+
 def test_phases_at_the_same_places_and_scouts_become_stacks_of_their_own(tmp_path):
     places = (0, 5, 0, 5, 10)
 
@@ -319,29 +333,31 @@ def test_what_the_fractional_segmentation_means_is_said(tmp_path):
 
 
 def break_study(header, number):
-    header.PatientName = "Secret^Name"
+    header.PatientName = "Secret"
     if number == 0:
         del header.StudyInstanceUID
 
 
 def break_class(header, number):
-    header.PatientName = "Secret^Name"
+    header.PatientName = "Secret"
     header.SOPClassUID = "1.2.3.4"
 
 
 @pytest.mark.parametrize("change", [break_study, break_class])
-def test_a_series_that_cannot_be_referred_to_costs_itself_only(tmp_path, change, caplog, capfd):
+def test_a_series_that_cannot_be_referred_to_costs_itself_only(tmp_path, change, caplog, capfd, recwarn):
     broken = write_series(tmp_path / "broken", *SERIES["axial"], patient="p2", change=change)
     whole = write_series(tmp_path / "whole", *SERIES["axial"])
     a_run(tmp_path / "out", [*broken, *whole])
+    recwarn.clear()
     told = write_dicom(tmp_path / "out", MAKER, MARKING)
     made = {folder.name: len(list(folder.iterdir())) for folder in (tmp_path / "out" / "dicom").iterdir()}
     assert made == {"whole": 7}
     assert any("not made" in line for line in told)
     assert "Secret" not in " ".join(told) + caplog.text + "".join(capfd.readouterr())
+    assert not recwarn.list  # highdicom quotes a name of one part
 
 
-def test_a_source_that_is_gone_and_an_odd_birth_date(tmp_path):
+def test_a_source_that_is_gone_and_an_odd_birth_date(tmp_path, caplog, recwarn):
     def change(header, number):
         header.PatientSex, header.PatientName = "unknown", "Secret^Name^With^Too^Many^Parts^Here"
         header["PatientBirthDate"] = pydicom.dataelem.RawDataElement(
@@ -353,8 +369,12 @@ def test_a_source_that_is_gone_and_an_odd_birth_date(tmp_path):
     a_run(tmp_path / "out", [*odd, *gone])
     for file in gone:
         file.unlink()
+    caplog.clear()
+    recwarn.clear()
     write_dicom(tmp_path / "out", MAKER, MARKING)
     assert {folder.name for folder in (tmp_path / "out" / "dicom").iterdir()} == {"odd"}
+    assert not caplog.text
+    assert not recwarn.list
     assert {kind: len(made) for kind, made in objects(tmp_path / "out").items()} == {
         "overlay": 4,
         "marked": 1,

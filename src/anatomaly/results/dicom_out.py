@@ -6,11 +6,8 @@ can cost a verdict: an object that cannot be made is told, and the next one is m
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +21,7 @@ from anatomaly.errors import AnatomalyError, ConfigError, NotReadyError
 from anatomaly.files import write_whole
 from anatomaly.results.dicom_objects import Maker, caption, parametric_map, picture, segmentation, uid_of
 from anatomaly.results.dicom_picture import framed_picture
-from anatomaly.results.dicom_planes import Plane, read_planes, series_of, stacks
+from anatomaly.results.dicom_planes import Plane, quiet, read_planes, series_of, stacks
 from anatomaly.results.marking import Marking, marked, rows_with_maps
 from anatomaly.results.names import SeriesNames
 
@@ -86,7 +83,7 @@ def write_dicom(out: Path, maker: Maker, marking: Marking | None) -> tuple[str, 
     names = SeriesNames()
     for uid, rows in by_series.items():
         series = _Series(out, names.new(Path(rows[0]["path"])), uid, maker, marking)
-        with _quiet():
+        with quiet():
             series.write(rows)
         written.update(series.written)
         told.update(series.told)
@@ -216,19 +213,3 @@ def _series_or_none(path: Path) -> str | None:
         return (series_of(path) or "") if sniff_format(path) == "dicom" else None
     except AnatomalyError:
         return None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Nothing that highdicom or pydicom says reaches the terminal: it may quote a patient's name."""
-    loggers = [logging.getLogger(name) for name in ("highdicom", "pydicom")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)

@@ -6,6 +6,10 @@ orientation and pixel spacing, one at every position, from the first to the last
 
 from __future__ import annotations
 
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,13 +86,30 @@ class Plane:
         return int(self.header.get("NumberOfFrames") or 1)
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within, nothing that highdicom or pydicom says reaches the terminal: it may quote a patient's name."""
+    loggers = [logging.getLogger(name) for name in ("highdicom", "pydicom")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
 def series_of(path: Path) -> str | None:
     """SeriesInstanceUID of a DICOM file, or None where it has none that can be read."""
     try:
         import pydicom
 
-        header = pydicom.dcmread(path, force=True, stop_before_pixels=True, specific_tags=["SeriesInstanceUID"])
-        return str(header.get("SeriesInstanceUID") or "") or None
+        with quiet():
+            header = pydicom.dcmread(path, force=True, stop_before_pixels=True, specific_tags=["SeriesInstanceUID"])
+            return str(header.get("SeriesInstanceUID") or "") or None
     except Exception:  # it is not installed, or one of its many ways to refuse a header
         return None
 
