@@ -11,7 +11,7 @@ from anatomaly.results.marking import Marking, marked, rows_with_maps
 from anatomaly.results.mask_volumes import write_mask_volumes
 from anatomaly.results.writer import ResultWriter
 from anatomaly.scoring import image_score
-from anatomaly.types import Prediction, Sample, Scoring
+from anatomaly.types import Intensity, Prediction, Sample, Scoring
 
 POOLINGS = [Scoring(pooling="max"), Scoring(pooling="mean"), Scoring(pooling="topk", top_fraction=0.1)]
 
@@ -114,3 +114,46 @@ def test_a_source_that_is_gone_costs_its_mask_only(tmp_path):
     assert told.startswith("maps/scan_mask.nii.gz could not be made")
     assert len(list(rows_with_maps(tmp_path / "out"))) == 1
     assert not (tmp_path / "out" / "maps" / "scan_mask.nii.gz").exists()
+
+
+def test_a_calibrated_run_writes_masks(tmp_path, make_detector):
+    """Slices of a NIfTI file and a DICOM file: what is marked is what is called."""
+    import pydicom
+
+    from anatomaly.detector.calibrate import calibrate
+    from anatomaly.results.folder import predict_to_folder
+    from anatomaly.synthetic.dicom_files import dicom_bytes
+    from anatomaly.synthetic.phantom import draw
+
+    pytest.importorskip("highdicom")
+
+    def slices(name, **how):
+        drawn = np.stack([draw("head_ct", seed=seed, size=64, **how).pixels[0] for seed in range(3)])
+        image = nibabel.Nifti1Image((drawn.transpose(2, 1, 0)[:, ::-1] * 4095).astype(np.int16), np.eye(4))
+        nibabel.save(image, tmp_path / name)
+        return [Sample(tmp_path / name, "head_ct", frame=frame) for frame in range(3)]
+
+    files = []
+    for seed in range(12):
+        pixels = draw("head_ct", seed=100 + seed, size=64).pixels
+        files.append(tmp_path / f"{seed}.dcm")
+        files[-1].write_bytes(dicom_bytes(pixels, task="head_ct", patient=str(seed)))
+    bad = tmp_path / "bad.dcm"
+    bad.write_bytes(dicom_bytes(1 - draw("head_ct", seed=7, size=64).pixels, task="head_ct", patient="bad"))
+    detector = make_detector("nearest")
+    rule = Intensity("range", 0, 4095)
+    detector.set_support([Sample(file, "head_ct") for file in files[:3]], task="head_ct", intensity=rule)
+    calibrate(detector, [Sample(file, "head_ct") for file in files[3:]])
+    queries = [*slices("scan.nii"), Sample(bad, "head_ct")]
+    for alpha, made in ((0.2, True), (None, False)):
+        out = tmp_path / f"out_{alpha}"
+        summary = predict_to_folder(detector, queries, out, alpha=alpha, dicom=True)
+        assert (out / "maps" / "scan_mask.nii.gz").exists() == made
+        assert bool(list(out.rglob("marked_0001.dcm"))) == made
+        assert any("no segmentations at a threshold" in line for line in summary.remarks) != made
+    out = tmp_path / "out_0.2"
+    called = [(row["p_value"] or 1) <= 0.2 for row in rows_with_maps(out)]
+    assert called[-1]  # the inverted image
+    mask = np.asarray(nibabel.load(out / "maps" / "scan_mask.nii.gz").dataobj)
+    assert [bool(mask[:, :, k].any()) for k in range(3)] == called[:3]
+    assert pydicom.dcmread(next(out.rglob("marked_0001.dcm"))).pixel_array.any()

@@ -34,8 +34,8 @@ _WORDS = {
     "map01": "fractional segmentations",
     "map": "parametric maps",
 }
-_NO_GEOMETRY = "its frames have no position in space, and a Segmentation of several frames needs one"
-_NO_FRAME_OF_REFERENCE = "its source has no position in space (frame of reference), which a parametric map needs"
+_NO_GEOMETRY = "the frames have no position in space, which objects of several frames need"
+_NO_FRAME_OF_REFERENCE = "the source has no position in space (frame of reference), which they need"
 
 
 def check_dicom(*, maps: bool, overlays: bool) -> None:
@@ -68,13 +68,13 @@ def write_dicom(out: Path, maker: Maker, marking: Marking | None) -> tuple[str, 
     """
     by_series: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
     files: dict[str, str | None] = {}  # path to series; None where it is no DICOM file
-    told: Counter[str] = Counter()
+    told: Counter[tuple[str, str]] = Counter()  # what was not made, and why
     for row in rows_with_maps(out):
         path = row["path"]
         if path not in files:
             files[path] = _series_or_none(Path(path))
             if files[path] == "":
-                told["it names no series"] += 1
+                told["files", "they name no series"] += 1
         if files[path]:
             by_series[str(files[path])].append(row)
     if not by_series and not told:
@@ -87,11 +87,11 @@ def write_dicom(out: Path, maker: Maker, marking: Marking | None) -> tuple[str, 
             series.write(rows)
         written.update(series.written)
         told.update(series.told)
-    done = ", ".join(f"{written[kind]} {words}" for kind, words in _WORDS.items() if written[kind])
-    lines = [f"dicom: wrote {done or 'nothing'} to {out / 'dicom'}."]
+    done = ", ".join(f"{words}: {written[kind]}" for kind, words in _WORDS.items() if written[kind])
+    lines = [f"dicom: written to {out / 'dicom'}: {done or 'nothing'}."]
     if marking is None:
         lines.append("dicom: no segmentations at a threshold: they need a calibrated model and --alpha.")
-    lines += [f"dicom: {count} not made: {reason}." for reason, count in told.items()]
+    lines += [f"dicom: {what} not made: {count}, {reason}." for (what, reason), count in told.items()]
     return tuple(lines)
 
 
@@ -100,7 +100,7 @@ class _Series:
 
     def __init__(self, out: Path, name: str, uid: str, maker: Maker, marking: Marking | None) -> None:
         self.written: Counter[str] = Counter()
-        self.told: Counter[str] = Counter()
+        self.told: Counter[tuple[str, str]] = Counter()
         self._out, self._folder = out, out / "dicom" / name
         self._uid, self._maker, self._marking = uid, maker, marking
         self._content: list[tuple[Any, ...]] = []
@@ -109,7 +109,7 @@ class _Series:
         try:
             planes = read_planes(rows)
         except AnatomalyError as err:
-            self.told[" ".join(str(err).split()).rstrip(".")] += 1
+            self.told["series", _reason(err)] += 1
             return
         self._content = [
             (str(each.header.SOPInstanceUID), each.frame, each.row["score"], each.row["p_value"]) for each in planes
@@ -124,14 +124,14 @@ class _Series:
             if plane.geometry is None and plane.frames == 1:
                 self._make_all([plane])
         if manyframed := {plane.row["path"] for plane in planes if plane.geometry is None and plane.frames > 1}:
-            self.told[f"segmentations and parametric map: {_NO_GEOMETRY}"] += len(manyframed)
+            self.told["segmentations and parametric maps", _NO_GEOMETRY] += len(manyframed)
 
     def _make_all(self, stack: list[Plane]) -> None:
         self._make("map01", stack)
         if self._marking is not None:
             self._make("marked", stack)
         if stack[0].geometry is None:
-            self.told[_NO_FRAME_OF_REFERENCE] += 1
+            self.told[_WORDS["map"], _NO_FRAME_OF_REFERENCE] += 1
         else:
             self._make("map", stack)
 
@@ -143,9 +143,9 @@ class _Series:
             made = self._object(kind, stack, series, number)
             self._save(made, f"{kind}_{number:04d}.dcm")
         except AnatomalyError as err:
-            self.told[f"{_WORDS[kind]}: {' '.join(str(err).split()).rstrip('.')}"] += 1
+            self.told[_WORDS[kind], _reason(err)] += 1
         except Exception as err:  # highdicom's and pydicom's, whose messages may quote the header
-            self.told[f"{_WORDS[kind]}: the source cannot be referred to ({type(err).__name__})"] += 1
+            self.told[_WORDS[kind], f"the source cannot be referred to ({type(err).__name__})"] += 1
         else:
             self.written[kind] += 1
 
@@ -205,6 +205,10 @@ class _Series:
         content = io.BytesIO()
         made.save_as(content, enforce_file_format=True)
         write_whole(self._folder / name, content.getvalue())
+
+
+def _reason(err: AnatomalyError) -> str:
+    return " ".join(str(err).split()).rstrip(".")
 
 
 def _series_or_none(path: Path) -> str | None:

@@ -19,7 +19,7 @@ _KINDS = {
     "chest_xray": ("ComputedRadiographyImageStorage", "CR"),
 }
 #: Elements that the kind of object must have, empty where nothing is known.
-_OF_KIND = {
+_OF_KIND: dict[str, dict[str, str | int]] = {
     "CT": {"RescaleIntercept": 0, "RescaleSlope": 1, "KVP": "", "AcquisitionNumber": 1},
     "MR": {
         "ScanningSequence": "SE",
