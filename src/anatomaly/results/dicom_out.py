@@ -215,5 +215,5 @@ def _series_or_none(path: Path) -> str | None:
     """The series of a DICOM file, "" where it names none; None for other files and those that are gone."""
     try:
         return (series_of(path) or "") if sniff_format(path) == "dicom" else None
-    except AnatomalyError:
+    except (AnatomalyError, ValueError):  # ValueError: a name no file has
         return None

@@ -122,6 +122,6 @@ def _volumes(predictions: Iterable[Prediction]) -> dict[str, list[Prediction]]:
 def _key(path: Path) -> tuple[str, str]:
     try:
         series = series_of(path) if sniff_format(path) == "dicom" else None
-    except AnatomalyError:  # it could not be read, which its row says
-        series = None
-    return ("file", os.path.realpath(path)) if series is None else ("series", series)
+        return ("file", os.path.realpath(path)) if series is None else ("series", series)
+    except (AnatomalyError, ValueError):  # it could not be read, which its row says, or has a name no file has
+        return "file", str(path)
