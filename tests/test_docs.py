@@ -23,7 +23,7 @@ PAGES = {page.relative_to(ROOT).as_posix(): page for page in (ROOT / "README.md"
 LINKED = [*PAGES.values(), *(ROOT / f"{name}.md" for name in ("ARCHITECTURE", "CONTRIBUTING", "SECURITY", "CHANGELOG"))]
 NOTEBOOKS = sorted((ROOT / "docs").rglob("*.ipynb"))
 #: Pages whose commands really run, one after the other.
-RUN = ("README.md", "docs/start.md", "docs/recipes.md", "docs/calibration.md")
+RUN = ("README.md", "docs/start.md", "docs/recipes.md", "docs/calibration.md", "docs/clinic.md")
 #: Commands that take a second or two; `fit` is one where nothing is trained.
 CHEAP = ("data check", "data phantom", "data list", "fit", "predict", "calibrate", "evaluate", "explain supports")
 

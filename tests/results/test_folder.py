@@ -120,7 +120,7 @@ def test_the_rows_are_those_of_predict_and_pictures_can_be_left_out(detector, te
     weights = [[row[f"weight_{k}"] for k in range(3)] for row in rows]
     np.testing.assert_allclose(weights, [p.support_weights.mean(axis=0) for p in expected], atol=1e-6)
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert written == ["report.html", "run.json", "scores.csv", "scores.jsonl"]
+    assert written == ["patients.csv", "report.html", "run.json", "scores.csv", "scores.jsonl"]
 
 
 def test_the_report_says_what_the_run_was(detector, supports, tests, tmp_path):

@@ -119,6 +119,33 @@ def test_the_manifest_lists_every_file_with_its_digest(benchmark):
     assert listed == set(out.rglob("*.png"))
 
 
+def test_dicom_files_hold_what_draw_gives(tmp_path):
+    pydicom = pytest.importorskip("pydicom")
+    from anatomaly.data.readers import read_image
+
+    counts = {"train": 3, "test_normal": 2, "test_anomalous": 2, "size": 32, "seed": 2}
+    write_benchmark(tmp_path / "out", **counts)
+    rows = read_rows(write_benchmark(tmp_path / "out", **counts, dicom=True))
+    assert {Path(row["path"]).suffix for row in rows} == {".dcm"}
+    assert {file.parent.name for file in (tmp_path / "out").rglob("*.png")} == {"masks"}
+    series = {}
+    for row in rows:
+        path = tmp_path / "out" / row["path"]
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == row["sha256"]
+        number, slice_index = (int(part) for part in path.stem[1:].split("_"))
+        anomalous = row["label"] == "anomalous"
+        image = draw(row["task"], seed=2_000_000 + number, anomalous=anomalous, size=32, slice_index=slice_index)
+        stored = read_image(path)
+        low, high = stored.value_range
+        np.testing.assert_allclose((stored.pixels - low) / (high - low), image.pixels, atol=0.5 / 255 + 1e-6)
+        header = pydicom.dcmread(path, stop_before_pixels=True)
+        assert header.PatientID == row["patient_id"]
+        series.setdefault(header.SeriesInstanceUID, set()).add(row["patient_id"])
+        assert ("FrameOfReferenceUID" in header) == (row["task"] in ("head_ct", "brain_mr"))
+    assert all(len(patients) == 1 for patients in series.values())
+    assert len(series) == len({row["patient_id"] for row in rows})
+
+
 def test_files_hold_what_draw_gives(benchmark):
     row = next(row for row in read_rows(benchmark) if row["task"] == "fundus" and row["label"] == "anomalous")
     number, slice_index = (int(part) for part in Path(row["path"]).stem[1:].split("_"))

@@ -87,12 +87,15 @@ def run_prepare(options: Namespace) -> int:
 
 def phantom_arguments(parser: ArgumentParser) -> None:
     """Options of `data phantom`."""
+    from typing import Literal
+
     parser.add_argument("--out", type=str, required=True, help="Folder to write to.")
     parser.add_argument("--train", type=int, default=100, help="Normal training images per task.")
     parser.add_argument("--test_normal", type=int, default=40, help="Normal test images per task.")
     parser.add_argument("--test_anomalous", type=int, default=40, help="Test images with a lesion per task.")
     parser.add_argument("--size", type=int, default=128, help="Height and width in pixels.")
     parser.add_argument("--seed", type=int, default=0, help="Another seed gives other patients.")
+    parser.add_argument("--format", type=Literal["png", "dicom"], default="png", help="Of the images.")
 
 
 def run_phantom(options: Namespace) -> int:
@@ -106,6 +109,7 @@ def run_phantom(options: Namespace) -> int:
         test_anomalous=options.test_anomalous,
         size=options.size,
         seed=options.seed,
+        dicom=options.format == "dicom",
     )
     print(manifest)
     return 0

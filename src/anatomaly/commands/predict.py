@@ -32,6 +32,7 @@ def predict_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--out", type=str, required=True, help="Folder for tables, maps, overlays and report.")
     parser.add_argument("--maps", type=bool, default=True, help="Write maps as float32 arrays and volumes.")
     parser.add_argument("--overlays", type=bool, default=True, help="Write overlays as PNG.")
+    parser.add_argument("--dicom", type=bool, default=False, help="Write DICOM objects of DICOM images, to OUT/dicom.")
     parser.add_argument("--alpha", type=float | None, default=None, help="Call images at this false-positive rate.")
     parser.add_argument("--fdr", type=float | None, default=None, help="Call with at most this share of false calls.")
     parser.add_argument("--dependent", type=bool, default=False, help="Let fdr hold under any dependence; calls fewer.")
@@ -79,6 +80,7 @@ def run_predict(options: Namespace) -> int:
                     bank_images=pictures,
                     maps=options.maps,
                     overlays=options.overlays,
+                    dicom=options.dicom,
                     alpha=options.alpha,
                     fdr=options.fdr,
                     dependent=options.dependent,

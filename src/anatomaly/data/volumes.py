@@ -109,17 +109,20 @@ def slice_grid(path: Path) -> tuple[int, int, int]:
     return count, height, width
 
 
-def write_volume(maps: Mapping[int, NDArray[np.float32]], source: Path, out: Path) -> None:
-    """Write the maps of a volume's slices as one float32 NIfTI on the grid of `source`.
+def write_volume(
+    maps: Mapping[int, NDArray[Any]], source: Path, out: Path, *, dtype: type[np.float32 | np.uint8] = np.float32
+) -> None:
+    """Write the maps of a volume's slices as one NIfTI on the grid of `source`.
 
     Shape, axis order, affine and units are those of `source`, so viewers overlay the two voxel by voxel.  Header
     extensions are not copied: they may hold patient data.  No more than 256 MiB of the volume is in memory at a time.
 
     Args:
         maps: Slice number as in `read_image(..., frame=)` -> (H0, W0) map as displayed, looked up when it is needed.
-            Slices without a map are NaN.
+            Slices without a map are NaN, or 0 where `dtype` has no NaN.
         source: The NIfTI volume the slices were read from.
         out: File to write, .nii.gz or .nii; whole or absent.
+        dtype: float32, or uint8 for masks.
 
     Raises:
         ReadError: `source` cannot be read.
@@ -134,13 +137,13 @@ def write_volume(maps: Mapping[int, NDArray[np.float32]], source: Path, out: Pat
     count = geometry.canonical_shape()[2]
     if wrong := [index for index in maps if not 0 <= index < count]:
         raise ShapeError(f"{source}: there is a map for slice {wrong[0]}, the volume has slices 0..{count - 1}.")
-    header = _map_header(image)
+    header = _map_header(image, dtype)
     part = out.with_name(out.name + ".part")
     try:
         with part.open("wb") as file, _packed(file, out) as stream:
             header.write_to(stream)
             stream.write(bytes(header.get_data_offset() - stream.tell()))
-            for block in _blocks(maps, source, geometry):
+            for block in _blocks(maps, source, geometry, dtype):
                 stream.write(np.ascontiguousarray(block.T, header.get_data_dtype()).data)
         part.replace(out)
     except OSError as err:
@@ -150,14 +153,15 @@ def write_volume(maps: Mapping[int, NDArray[np.float32]], source: Path, out: Pat
             part.unlink(missing_ok=True)
 
 
-def _map_header(image: Any) -> Any:
+def _map_header(image: Any, dtype: type[np.float32 | np.uint8]) -> Any:
     """The header of a volume's maps: its grid, and nothing else of it."""
     header = image.header.copy()
-    header.set_data_dtype(np.float32)
+    header.set_data_dtype(dtype)
     header["cal_min"] = header["cal_max"] = 0  # the source's display window means nothing for a map
-    header["descrip"] = b"anatomaly anomaly map; NaN: not judged"
+    judged = dtype is np.float32
+    header["descrip"] = b"anatomaly anomaly map; NaN: not judged" if judged else b"anatomaly mask; 1: marked"
     header.extensions.clear()
-    maps = type(image)(np.broadcast_to(np.float32(0), image.shape), image.affine, header)
+    maps = type(image)(np.broadcast_to(dtype(0), image.shape), image.affine, header)
     maps.update_header()
     maps.header.set_slope_inter(1, 0)
     return maps.header
@@ -171,8 +175,8 @@ def _packed(file: IO[bytes], out: Path) -> contextlib.AbstractContextManager[IO[
 
 
 def _blocks(
-    maps: Mapping[int, NDArray[np.float32]], source: Path, geometry: _Geometry
-) -> Iterator[NDArray[np.float32]]:
+    maps: Mapping[int, NDArray[Any]], source: Path, geometry: _Geometry, dtype: type[np.float32 | np.uint8]
+) -> Iterator[NDArray[Any]]:
     """The stored volume of maps, cut along its last axis into blocks of bounded size."""
     nibabel = _nibabel()
     width, height, count = geometry.canonical_shape()
@@ -183,7 +187,7 @@ def _blocks(
     step = max(1, _BLOCK // (4 * prod(plane)))
     for start in range(0, length, step):
         stop = min(start + step, length)
-        block = np.full((*plane, stop - start), np.nan, np.float32, order="F")
+        block = np.full((*plane, stop - start), np.nan if dtype is np.float32 else 0, dtype, order="F")
         for index in maps:
             at = index if forward else count - 1 - index
             if axis == 2 and not start <= at < stop:

@@ -15,8 +15,13 @@ from anatomaly.data.layouts import rows_of
 from anatomaly.data.transforms import load
 from anatomaly.detector.conformal import Call, needed_calls, needed_normals, rejected_up_to, threshold, unit_of
 from anatomaly.errors import AnatomalyError, ConfigError
+from anatomaly.results.dicom_objects import Maker
+from anatomaly.results.dicom_out import check_dicom, write_dicom
 from anatomaly.results.layers import shrink
+from anatomaly.results.marking import Marking
+from anatomaly.results.mask_volumes import write_mask_volumes
 from anatomaly.results.page import write_report
+from anatomaly.results.pooled import write_pooled
 from anatomaly.results.rows import Stored, stored_rows
 from anatomaly.results.run_record import alone, begin, facts_of, finish
 from anatomaly.results.writer import ResultWriter
@@ -64,6 +69,7 @@ def predict_to_folder(
     tables: Sequence[Table] = (),
     maps: bool = True,
     overlays: bool = True,
+    dicom: bool = False,
     alpha: float | None = None,
     fdr: float | None = None,
     dependent: bool = False,
@@ -91,6 +97,7 @@ def predict_to_folder(
         tables: More tables for the report.
         maps: Write maps as arrays (and volumes).
         overlays: Write overlays as pictures.
+        dicom: Write DICOM objects of DICOM images to OUT/dicom/, see docs/clinic.md.
         alpha: Call images anomalous at this false-positive rate; needs a calibration that fits.
         fdr: Call images of this run so that at most this share of the calls is false on average; likewise.
         dependent: Make `fdr` hold under any dependence between the images (Benjamini-Yekutieli).
@@ -102,6 +109,8 @@ def predict_to_folder(
         ConfigError: A rate that the calibration is too small for, or a rate without a calibration that fits.
         OutputError: `out` is refused, or something cannot be written; the rows so far are complete.
     """
+    if dicom:
+        check_dicom(maps=maps, overlays=overlays)
     out, rows = Path(out), list(rows_of(samples, task=task))
     bank = detector.ready()
     calibration, line = detector.find_calibration()
@@ -146,6 +155,13 @@ def predict_to_folder(
             calls=calls,
             max_cases=_CASES,
         )
+        marking = None
+        if calibration is not None and alpha is not None:
+            marking = Marking(alpha, threshold(calibration.scores, alpha), detector.scoring)
+            told += write_mask_volumes(out, marking)
+        write_pooled(out, kept, calibration)
+        if dicom:
+            told += write_dicom(out, Maker(detector.facts.name, detector.model_hash, bank.digest), marking)
         finish(out, facts)
     remarks = (*([line] if line else []), *told, *_remarks(kept, calibration, fdr, dependent))
     return Summary(tuple(kept), report, sum(p.error is not None for p in kept), calls, remarks)

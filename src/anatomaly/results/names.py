@@ -9,6 +9,8 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from anatomaly.types import Sample
 
 _LONGEST_NAME = 100  # bytes
@@ -36,6 +38,21 @@ class Stems:
         if stem.startswith(last):
             self._repeats[last] = int(stem[len(last) + 1 :] or 1) + 1
         return stem
+
+
+class SeriesNames:
+    """A plain name for every DICOM series: that of the folder its first image lies in, numbered where it is taken."""
+
+    def __init__(self) -> None:
+        self._taken: set[str] = set()
+
+    def new(self, path: Path) -> str:
+        """The name of the series whose first image is `path`."""
+        stem = plain_name(path.absolute().parent.name)
+        numbered = (f"{stem}_{number}" for number in itertools.count(2))
+        name = next(each for each in itertools.chain([stem], numbered) if each.casefold() not in self._taken)
+        self._taken.add(name.casefold())
+        return name
 
 
 def plain_name(name: str) -> str:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from anatomaly.errors import ConfigError, OutputError
 from anatomaly.synthetic import anatomy, pathology
+from anatomaly.synthetic.dicom_files import dicom_bytes
 from anatomaly.synthetic.scene import Scene, neighbouring_slice
 from anatomaly.synthetic.shapes import Float
 
@@ -184,6 +185,7 @@ def write_benchmark(
     size: int = 128,
     seed: int = 0,
     tasks: Sequence[str] = tuple(TASKS),
+    dicom: bool = False,
 ) -> Path:
     """Write the benchmark as PNG files and a manifest: OUT/<task>/<split>/<normal or pathology>/<name>.png.
 
@@ -198,6 +200,7 @@ def write_benchmark(
         size: Height and width in pixels.
         seed: Another seed gives other patients; patient n of a task is `draw(task, seed=seed * 1_000_000 + n)`.
         tasks: Names out of `TASKS`, each at most once.
+        dicom: Write the images (not the masks) as DICOM files, <name>.dcm, one series a patient.
 
     Returns:
         Path of OUT/manifest.csv; paths in it are relative to OUT.
@@ -205,6 +208,7 @@ def write_benchmark(
     Raises:
         ConfigError: An unknown or repeated task, a negative count or seed, or a size below 32.
         OutputError: OUT holds something else than a phantom benchmark, or cannot be written.
+        NotReadyError: DICOM files are asked for and pydicom is not installed.
     """
     _check_tasks(tasks)
     counts = {"train": train, "test_normal": test_normal, "test_anomalous": test_anomalous}
@@ -217,7 +221,7 @@ def write_benchmark(
     try:
         _clear(out)
         (out / MARKER).write_text(json.dumps({"seed": seed, "size": size, "tasks": list(tasks), **counts}, indent=1))
-        rows = [row for task in tasks for row in _write_task(out, task, counts, size=size, seed=seed)]
+        rows = [row for task in tasks for row in _write_task(out, task, counts, size=size, seed=seed, dicom=dicom)]
         with manifest.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
@@ -246,8 +250,9 @@ def _clear(out: Path) -> None:
         )
     (out / "manifest.csv").unlink(missing_ok=True)
     for task in TASKS:
-        for image in (out / task).rglob("*.png"):
-            image.unlink()
+        for image in (out / task).rglob("*.*"):
+            if image.suffix in (".png", ".dcm"):
+                image.unlink()
         for folder in sorted((out / task).rglob("*"), reverse=True):  # children before parents
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
@@ -267,24 +272,31 @@ def _patients(task: str, counts: Mapping[str, int], seed: int) -> Iterator[tuple
             number += 1
 
 
-def _write_task(out: Path, task: str, counts: Mapping[str, int], *, size: int, seed: int) -> Iterator[dict[str, str]]:
+def _write_task(
+    out: Path, task: str, counts: Mapping[str, int], *, size: int, seed: int, dicom: bool
+) -> Iterator[dict[str, str]]:
     """Draw and save the images of one task; yield their manifest rows."""
     for group, number, slice_index, patient_seed in _patients(task, counts, seed):
         anomalous = group == "test_anomalous"
         image = draw(task, seed=patient_seed, anomalous=anomalous, size=size, slice_index=slice_index)
         split, name = group.split("_")[0], f"p{number:04d}_{slice_index}.png"
-        path = Path(task, split, image.pathology or "normal", name)
+        path = Path(task, split, image.pathology or "normal", name).with_suffix(".dcm" if dicom else ".png")
         mask = Path(task, "masks", name)
-        digest = _write_png(out / path, image.pixels)
+        patient = f"{task}-p{number:04d}"
+        content = png_bytes(image.pixels)
+        if dicom:
+            place = (0.0, 0.0, 5.0 * slice_index)
+            content = dicom_bytes(image.pixels, task=task, patient=patient, number=slice_index, position=place)
+        digest = _write(out / path, content)
         if anomalous:
-            _write_png(out / mask, image.mask[None].astype(np.float32))
+            _write(out / mask, png_bytes(image.mask[None].astype(np.float32)))
         yield {
             "path": path.as_posix(),
             "label": "anomalous" if anomalous else "normal",
             "mask": mask.as_posix() if anomalous else "",
             "task": task,
             "split": split,
-            "patient_id": f"{task}-p{number:04d}",
+            "patient_id": patient,
             "sha256": digest,
             "frame": "",
         }
@@ -307,9 +319,8 @@ def png_bytes(pixels: NDArray[np.float32]) -> bytes:
     return buffer.getvalue()
 
 
-def _write_png(path: Path, pixels: NDArray[np.float32]) -> str:
-    """Save a PNG, making its folder; return the file's sha256."""
-    content = png_bytes(pixels)
+def _write(path: Path, content: bytes) -> str:
+    """Save a file, making its folder; return its sha256."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
     return hashlib.sha256(content).hexdigest()
