@@ -235,6 +235,13 @@ def test_a_better_calibration_stays_in_use_and_the_other_is_kept_beside_it(make_
     assert len(detector.calibrations) == 2, "as many of the same kind take the place of both"
 
 
+def test_held_out_normals_come_before_more_supports_judged_by_one_another(make_detector, normals):
+    detector = make_detector("nearest").set_support(normals[:4], task="head_ct")
+    held_out, _ = calibrate(detector, normals[4:7])
+    assert calibrate_on_support(detector, normals[:4], task="head_ct").calibration.n == 4
+    assert detector.find_calibration()[0] is held_out
+
+
 @pytest.mark.parametrize("kind", ["held-out", "leave-one-out"])
 def test_a_worse_calibration_takes_the_place_of_a_better_one_where_it_is_asked_to(make_detector, normals, kind):
     detector, supports = make_detector("nearest"), normals[:4]

@@ -628,7 +628,10 @@ def test_a_multi_class_model_is_also_judged_over_all_tasks(phantom, make_detecto
 
 @pytest.mark.parametrize("rule", ["range", "percentile"])
 def test_every_test_row_is_told_once_when_it_is_done(rule, phantom, make_detector):
-    low, high = (0, 255) if rule == "range" else (1, 99)
-    detector, told = make_detector("nearest", intensity=Intensity(rule, low, high)), []
-    evaluate(detector, phantom, task="head_ct", shots=[2], draws=2, batch_size=3, on_progress=told.append)
+    detector, told = make_detector("nearest", intensity=Intensity(rule, 50, 99)), []
+    train = phantom.select(task="head_ct", split="train").samples
+    draws = [train[:2], train[2:4]]
+    ways = {detector.make_bank(draw, task="head_ct").preprocessing for draw in draws}
+    assert len(ways) == (2 if rule == "percentile" else 1)
+    evaluate(detector, phantom, task="head_ct", shots=[2], supports=draws, batch_size=3, on_progress=told.append)
     assert told == list(phantom.select(task="head_ct", split="test").samples)
