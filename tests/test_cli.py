@@ -380,6 +380,8 @@ def test_images_and_supports_may_be_several_paths_as_a_shell_makes_of_a_star(run
     rows = read_scores(tmp_path / "out/scores.csv")
     assert len(rows) == 6, "an image counts once"
     assert [name for name in rows[0] if name.startswith("weight_")] == ["weight_0", "weight_1"]
+    mixed = ("--images", os.path.relpath(files[0]), files[1], "--support", os.path.relpath(normals[0]), normals[1])
+    assert run(*predict(world, tmp_path / "mixed", *mixed)).code == 0, "relative and absolute"
     settings = tmp_path / "settings.yaml"
     settings.write_text(f"images: {files[0]}\nsupport: [{normals[0]}, {normals[1]}]\n")
     assert run(*predict(world, tmp_path / "file", "-c", settings)).code == 0

@@ -143,7 +143,7 @@ def manifest_of(sources: Sequence[str], task: str | None) -> Manifest:
             return Manifest(tuple(found), source)
         for row in found:
             rows.setdefault((os.path.realpath(row.path), row.frame), row)
-    return Manifest(tuple(rows.values()), Path(os.path.commonpath(sources)))
+    return Manifest(tuple(rows.values()), Path(os.path.commonpath(map(os.path.abspath, sources))))
 
 
 def support_rows(sources: Sequence[str], task: str, shots: int | None) -> Any:
