@@ -15,6 +15,7 @@ PACKAGE = Path(anatomaly.__file__).parent
 ROWS = (  # a module may import modules of lower rows, and its own folder's
     "cli",
     "commands",
+    "service",
     "benchmark audit explain",
     "training results",
     "detector",

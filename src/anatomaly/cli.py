@@ -23,6 +23,7 @@ from anatomaly.commands import (
     fit,
     predict,
     release,
+    serve,
     support,
 )
 from anatomaly.commands.console import fail, instantiated, never_fail_to_print
@@ -290,6 +291,11 @@ COMMANDS = {
     ),
     "explain supports": Command(
         "Say which support images a verdict rests on.", explain.supports_arguments, explain.run_supports
+    ),
+    "serve": Command(
+        "Judge images over HTTP: an API, a page, a PACS.",
+        serve.serve_arguments,
+        serve.run_serve,
     ),
     "export": Command(
         "Write a frozen teacher as ONNX, compared with its own forward.",

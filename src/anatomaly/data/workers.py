@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from anatomaly import errors
 from anatomaly.errors import NotReadyError, ReadError
 
-#: Seconds after which a file is given up; the largest volumes take about ten.
+#: Seconds after which a file is given up, unless `limit_time` says otherwise; the largest volumes take about ten.
 TIME_LIMIT = 120
 #: Workers at most; they are started one by one, as files wait for them.
 WORKERS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
@@ -69,6 +69,12 @@ def ask(request: Request) -> Answer:
         raise_error_of(answer)
         return answer, pixels
     raise AssertionError
+
+
+def limit_time(seconds: int) -> None:
+    """Set after how many seconds, at least 1, a file is given up from now on."""
+    global TIME_LIMIT
+    TIME_LIMIT = max(1, seconds)
 
 
 def raise_error_of(answer: Mapping[str, Any]) -> None:
