@@ -18,6 +18,7 @@ import requests
 from dicomweb_client import DICOMwebClient
 from pydicom import dcmread
 
+from anatomaly.errors import ConfigError
 from anatomaly.service.capture import secondary_capture
 from anatomaly.service.limits import Limits, RefusedError
 from anatomaly.service.uploads import Stored, new_file, private_folder
@@ -47,6 +48,9 @@ class Pacs:
     Args:
         url: Of its DICOMweb root, such as http://localhost:8042/dicom-web.
         login: "user:password", or None.
+
+    Raises:
+        ConfigError: The address is none.
     """
 
     def __init__(self, url: str, login: str | None = None) -> None:
@@ -55,7 +59,10 @@ class Pacs:
         if login is not None:
             user, _, password = login.partition(":")
             session.auth = (user, password)
-        self._client = DICOMwebClient(url, session=session, timeout=_WAIT)
+        try:
+            self._client = DICOMwebClient(url, session=session, timeout=_WAIT)
+        except ValueError as err:
+            raise ConfigError(f"dicomweb: got {url}, expected an address such as http://HOST/dicom-web.") from err
         self._client.set_http_retry_params(retry=False)
 
     def pull(self, wanted: Pull, folder: Path, limits: Limits) -> list[Stored]:
