@@ -113,7 +113,7 @@ class Pacs:
                 answer = self._client.store_instances([dcmread(file)])
         except RefusedError as err:
             return err.line
-        return "dicomweb: the PACS did not take a result." if "FailedSOPSequence" in answer else None
+        return "dicomweb: the PACS did not take a result." if answer.get("FailedSOPSequence") else None
 
     def _find(self, wanted: Pull, most: int) -> list[_Found]:
         if wanted.instance is not None and wanted.series is not None:
