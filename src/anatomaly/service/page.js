@@ -105,6 +105,7 @@ async function judge(run, files) {
 }
 
 function complain(line) {
+  if ([...$("errors").children].some(each => each.textContent === line)) return; // all slices of one file
   $("errors").append(make("li", { textContent: line }));
 }
 
