@@ -166,6 +166,7 @@ def test_a_volume_gives_a_row_per_slice_and_too_many_are_refused(client, opened,
             url.replace("queries", "pictures/image"), files=files("images", [stack]), params={"frame": 9}
         )
         assert "no frame 9" in error_of(nothing, 422)
+        assert service.get("/metrics").text.count('anatomaly_images_total{outcome="judged"} 9.0') == 1  # 4 + 4 + 1
         assert "room for 3" in error_of(service.post("/sessions", files=files("normals", [stack])), 422)
         assert "at most 3" in error_of(service.post("/sessions", files=files("normals", pictures(4))), 422)
 

@@ -95,34 +95,23 @@ def test_bodies_are_bounded_whatever_they_say_of_their_length(client, opened, pi
         assert service.post(url, files=files("images", pictures(1))).status_code == 200
 
 
-def test_a_request_that_is_sent_too_slowly_ends(nearest):
+def test_a_request_that_is_sent_too_slowly_ends(nearest, monkeypatch):
+    from anatomaly.service import guard
     from anatomaly.service.app import make_app
 
-    app = make_app(nearest, Limits(seconds=1))
+    monkeypatch.setattr(guard, "_DRAIN_SECONDS", 0.01)
+    headers = [(b"host", b"localhost"), (b"content-type", b"multipart/form-data; boundary=b")]
+    scope = {"type": "http", "method": "POST", "path": "/batch", "raw_path": b"/batch", "scheme": "http"}
     sent = []
 
-    async def receive():
+    async def never():
         await asyncio.sleep(3600)
 
     async def send(message):
         sent.append(message)
 
-    headers = [(b"host", b"localhost"), (b"content-type", b"multipart/form-data; boundary=b")]
-    scope = {"type": "http", "method": "POST", "path": "/batch", "headers": headers, "query_string": b"", "app": None}
-
-    async def drained(*_):
-        return None
-
-    async def scenario():
-        from anatomaly.service import guard
-
-        guard._DRAIN_SECONDS, kept = 0.01, guard._DRAIN_SECONDS
-        try:
-            await app({**scope, "raw_path": b"/batch", "scheme": "http"}, receive, send)
-        finally:
-            guard._DRAIN_SECONDS = kept
-
-    asyncio.run(scenario())
+    app = make_app(nearest, Limits(seconds=1))
+    asyncio.run(app({**scope, "headers": headers, "query_string": b""}, never, send))
     assert sent[0]["status"] == 408
 
 

@@ -166,7 +166,7 @@ def test_what_cannot_be_pulled_is_told(connected, pull, status, words):
 def test_limits_hold_for_what_is_pulled(client, pacs):
     from anatomaly.service.limits import Limits
 
-    for limits, words in ((Limits(images=2), "more than 2 instances"), (Limits(upload_mib=0.02), "0.02 MiB")):
+    for limits, words in ((Limits(images=2), "more than 2 instances"), (Limits(upload_mib=0.01), "0.01 MiB")):
         with client(pacs=pacs, limits=limits) as service:
             key = service.post("/sessions", files=normals()[:2]).json()["id"]
             answer = service.post(f"/sessions/{key}/dicomweb", json={"study": STUDY})

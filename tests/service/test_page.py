@@ -37,7 +37,7 @@ def serve(make_detector):
 
     def start(limits=None, **options):
         listening = listen("127.0.0.1", 0)
-        app = make_app(make_detector("attention"), limits or Limits(), **options)
+        app = make_app(make_detector("matching"), limits or Limits(), **options)
         server = uvicorn.Server(uvicorn.Config(app, log_config=None))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
@@ -124,6 +124,10 @@ def test_normals_and_cases_become_a_sorted_list_with_what_mattered(opened, url, 
     assert "of 3 normal images" in page.locator("#facts").inner_text()
     shares = [int(each.split(" %")[0]) for each in page.locator("#mattered li span").all_inner_texts()]
     assert len(shares) == 3 and shares == sorted(shares, reverse=True) and 98 <= sum(shares) <= 102
+    page.set_input_files("#cases", on_disk(3)[2:])  # the last normal itself: it rests on that one
+    judged(page, 6)[-1].click()
+    assert page.locator("#mattered li span").first.inner_text().endswith("0 scan 2.png")
+    assert "compared with itself" in page.locator("#case-note").inner_text()
     for picture in ("#image", "#overlay"):
         assert page.locator(picture).evaluate("image => image.naturalWidth") == 40
     page.locator("#forget").click()
@@ -223,5 +227,7 @@ def test_a_narrow_window_needs_no_sideways_scrolling(opened, url, on_disk, schem
     page.set_input_files("#cases", [long, bad])
     judged(page, 1)
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
+    above, below = (page.locator(each).bounding_box() for each in ("#normals-drop", "#cases-drop"))
+    assert above["y"] + above["height"] < below["y"] and above["width"] > 300
     back = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (back == "rgb(255, 255, 255)") == (scheme == "light")

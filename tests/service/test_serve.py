@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -162,3 +163,18 @@ def test_raw_nonsense_on_the_socket_ends_nothing(served):
         )
     time.sleep(0.2)
     assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+
+
+def test_the_python_example_of_the_docs_runs(served, pictures, tmp_path, monkeypatch, capsys):
+    text = (Path(__file__).parents[2] / "docs/service.md").read_text("utf-8")
+    example = re.search(r"```python\n(.*?)```", text, re.S)[1]
+    for folder, seed in (("normal", 0), ("cases", 1)):
+        (tmp_path / folder).mkdir()
+        for name, content in pictures(3, seed=seed):
+            (tmp_path / folder / name).write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    _, lines = served()
+    exec(example.replace("http://localhost:8000", re.search(r"http://127\.0\.0\.1:\d+", lines[-1])[0]), {})
+    out = capsys.readouterr().out
+    assert re.search(r"^scan 2\.png \d+\.\d+ None$", out, re.M)
+    assert "among themselves: [" in out

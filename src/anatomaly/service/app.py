@@ -47,6 +47,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 Side = Annotated[int | None, Query(ge=16, le=8192, description="Longest side of the pictures in pixels at most.")]
 
+Frame = Annotated[int, Query(ge=0, description="Frame or slice of a file of several.")]
+
 
 def _wanted(
     pictures: Annotated[list[Picture], Query(default_factory=list, description="For the answer; may be repeated.")],
@@ -148,17 +150,18 @@ def make_app(
         responses={200: {"content": {"image/png": {}}}},
         openapi_extra=_form(images=True),
     )
-    async def picture(request: Request, key: str, kind: Picture, frame: int = 0, side: Side = None) -> Response:
+    async def picture(request: Request, key: str, kind: Picture, frame: Frame = 0, side: Side = None) -> Response:
         """The map, the overlay or the image of one file, as a PNG."""
-        session = sessions.get(key)
+        session, wanted = sessions.get(key), Wanted((kind,), side, frame)
         with desk.place():
             async with read_form(request, limits) as form:
                 files = _some(files_of(form, "images"), "images")[:1]
-                answer = await run(request, partial(_answer, judge, session, files, Wanted((kind,), side)))
-        found = [each for each in answer.results if (each.frame or 0) == frame or each.error is not None]
-        if not found or found[0].pictures is None:
-            raise RefusedError(422, (found[0].error if found else None) or f"frame: there is no frame {frame}.")
-        return Response(base64.b64decode(found[0].pictures[kind]), media_type="image/png")
+                answer = await run(request, partial(_answer, judge, session, files, wanted))
+        metrics.judged(answer.judged, answer.failed)
+        (found,) = answer.results
+        if found.pictures is None:
+            raise RefusedError(422, found.error or "image: there is no picture.")
+        return Response(base64.b64decode(found.pictures[kind]), media_type="image/png")
 
     @app.post("/batch", response_model=Answer, openapi_extra=_form(normals=True, images=True))
     async def judge_batch(request: Request, wanted: Pictures) -> Response:

@@ -28,15 +28,17 @@ _PICTURE_BYTES = 2**28  # of one answer
 
 
 class Wanted(NamedTuple):
-    """Pictures that belong into an answer.
+    """What belongs into an answer.
 
     Attributes:
-        kinds: Which ones.
-        side: Pixels of the longest side at most; None for the file's own grid.
+        kinds: Which pictures.
+        side: Pixels of their longest side at most; None for the file's own grid.
+        frame: The one frame or slice to judge, from 0; None for all.
     """
 
     kinds: tuple[Picture, ...] = ()
     side: int | None = None
+    frame: int | None = None
 
 
 class Judged(NamedTuple):
@@ -128,12 +130,12 @@ class Judge:
         Args:
             session: What to compare with.
             files: Each one or more images.
-            wanted: Pictures for the answer.
+            wanted: Pictures, and frames, for the answer.
             also: Called with every prediction that has a score.
         """
         room = _PICTURE_BYTES
         results = []
-        for judged in self.judge(session, files):
+        for judged in self.judge(session, files, wanted.frame):
             if also is not None and judged.prediction is not None and judged.prediction.error is None:
                 also(judged.prediction, judged.file)
             results.append(self._result(session, judged, wanted if room > 0 else Wanted(), files))
@@ -150,7 +152,7 @@ class Judge:
             error=None if failed < len(results) else _all_failed(results),
         )
 
-    def judge(self, session: Session, files: Sequence[Stored]) -> Iterator[Judged]:
+    def judge(self, session: Session, files: Sequence[Stored], frame: int | None = None) -> Iterator[Judged]:
         """Predictions of all images in files, in order; after the time limit the rest is told that there is none."""
         late = time.monotonic() + self.limits.seconds
         rows: list[Judged | tuple[Stored, Sample]] = []
@@ -158,7 +160,7 @@ class Judge:
             if time.monotonic() > late:
                 rows.append(Judged(file, None, self._too_late(file)))
             else:
-                rows += self._readable(file, session.bank.task, self.limits.images - len(rows))
+                rows += self._readable(file, session.bank.task, self.limits.images - len(rows), frame)
 
         def in_time() -> Iterator[Sample]:
             for row in rows:
@@ -177,26 +179,29 @@ class Judge:
             prediction = next(predictions, None)
             yield Judged(row[0], prediction, None if prediction is not None else self._too_late(row[0]))
 
-    def _readable(self, file: Stored, task: str, room: int) -> list[Judged | tuple[Stored, Sample]]:
+    def _readable(self, file: Stored, task: str, room: int, frame: int | None) -> list[Judged | tuple[Stored, Sample]]:
         """The rows of a file, or the one that says why there is none."""
         try:
-            return [(file, sample) for sample in self._rows(file, task, room)]
+            return [(file, sample) for sample in self._rows(file, task, room, frame)]
         except AnatomalyError as err:
             return [Judged(file, None, with_names(str(err), [file]))]
 
-    def _rows(self, file: Stored, task: str, room: int) -> list[Sample]:
-        """One row per image in a file.
+    def _rows(self, file: Stored, task: str, room: int, frame: int | None = None) -> list[Sample]:
+        """One row per image in a file, or that of one frame.
 
         Raises:
-            ReadError: It cannot be read, or holds more images than there is room for.
+            ReadError: It cannot be read, holds more images than there is room for, or has no such frame.
         """
         count = count_frames(file.path)
-        if count > room:
+        if frame is not None and frame >= count:
+            raise ReadError(f"{file.name}: has no frame {frame}: it holds {count} image(s). Ask for 0..{count - 1}.")
+        frames = range(count) if frame is None else range(frame, frame + 1)
+        if len(frames) > room:
             raise ReadError(
                 f"{file.name}: holds {count} image(s), there is room for {max(0, room)} more in this request. "
                 "Send fewer at a time, or raise --max_images (--max_normals for normals)."
             )
-        return [Sample(file.path, task, frame=frame if count > 1 else None) for frame in range(count)]
+        return [Sample(file.path, task, frame=each if count > 1 else None) for each in frames]
 
     def _too_late(self, file: Stored) -> str:
         return f"{file.name}: not judged within {self.limits.seconds} s. Send fewer at a time, or raise --max_seconds."
