@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 import threading
 from types import SimpleNamespace
 
@@ -187,8 +186,8 @@ def test_an_intensity_that_is_none_is_refused(service, pictures, text):
     assert "intensity" in error_of(answer, 422)
 
 
-def test_intensity_and_task_are_used(service, opened, pictures):
-    rule = json.dumps({"rule": "range", "low": 0, "high": 100})
+@pytest.mark.parametrize("rule", ['{"rule": "range", "low": 0, "high": 100}', "range:0..100"])
+def test_intensity_and_task_are_used(service, opened, rule):
     found = opened(service, intensity=rule, task="ct of the head")
     assert (found["intensity"], found["task"]) == ("range 0, 100", "ct of the head")
     assert service.get(f"/sessions/{found['id']}").json() == found

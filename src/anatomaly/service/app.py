@@ -270,7 +270,7 @@ def _form(*, normals: bool = False, images: bool = False) -> dict[str, Any]:
         fields["task"] = {**text, "description": "Name of the kind of image, for calibrations."}
         fields["intensity"] = {
             **text,
-            "description": 'JSON such as {"rule": "window", "low": 40, "high": 80}, where the files need another rule.',
+            "description": "Where the files need another rule: such as brain, window:40/80 or range:0..4095.",
         }
     schema = {
         "type": "object",

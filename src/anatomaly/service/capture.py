@@ -2,73 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydicom import dcmread
-from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
-
-from anatomaly._version import __version__
+from anatomaly.results.dicom_objects import caption, picture
+from anatomaly.results.dicom_picture import framed_picture
+from anatomaly.results.dicom_planes import quiet, read_planes
+from anatomaly.results.pictures import encode_picture
 from anatomaly.service.pictures import painted
 from anatomaly.service.uploads import new_file
 
 if TYPE_CHECKING:
+    from anatomaly.results.dicom_objects import Maker
     from anatomaly.types import Prediction, SupportBank
 
-_COPIED = (
-    *("SpecificCharacterSet", "PatientName", "PatientID", "IssuerOfPatientID", "PatientBirthDate", "PatientSex"),
-    *("StudyInstanceUID", "StudyDate", "StudyTime", "StudyID", "AccessionNumber", "ReferringPhysicianName"),
-)
-_SERIES_NUMBER = 9100
 
-
-def secondary_capture(
-    source: Path, prediction: Prediction, bank: SupportBank, folder: Path, earlier: Sequence[Path]
-) -> Path:
-    """Write a verdict as a Secondary Capture; one function, so that a better one can take its place.
+def secondary_capture(prediction: Prediction, bank: SupportBank, maker: Maker, series: str, number: int) -> Path:
+    """Write a verdict as `anatomaly predict --dicom` does, beside the judged file.
 
     Args:
-        source: The judged DICOM file; patient and study are copied from it.
-        prediction: One without an error.
+        prediction: Of a DICOM file, without an error; patient and study are copied from that file.
         bank: The normals, whose colour scale is used.
-        folder: Where to write.
-        earlier: Captures of the same series, in order.
+        maker: What made the verdict.
+        series: UID of the new series.
+        number: InstanceNumber in it, from 1.
 
     Returns:
         The file written.
+
+    Raises:
+        ReadError: The judged file lacks what makes it part of a study.
     """
-    found = dcmread(source, stop_before_pixels=True, specific_tags=[*_COPIED, "SOPClassUID", "SOPInstanceUID"])
-    capture = Dataset()
-    for name in _COPIED:
-        if name in found:
-            capture[name] = found[name]
-    first = dcmread(earlier[0], specific_tags=["SeriesInstanceUID"]) if earlier else None
-    pixels, now = painted(prediction, bank, "overlay"), datetime.now()
-    capture.SOPClassUID, capture.SOPInstanceUID = SecondaryCaptureImageStorage, generate_uid()
-    capture.SeriesInstanceUID = first.SeriesInstanceUID if first is not None else generate_uid()
-    capture.Modality, capture.ConversionType = "OT", "WSD"
-    capture.SeriesNumber, capture.InstanceNumber = _SERIES_NUMBER, len(earlier) + 1
-    capture.SeriesDescription = "anatomaly overlay, RESEARCH ONLY"
-    capture.ImageComments = f"anomaly score {prediction.score:.6g}. Research only. Not a medical device."
-    capture.ImageType = ["DERIVED", "SECONDARY"]
-    capture.Manufacturer, capture.SoftwareVersions = "anatomaly", __version__
-    capture.ContentDate = capture.SeriesDate = now.strftime("%Y%m%d")
-    capture.ContentTime = capture.SeriesTime = now.strftime("%H%M%S")
-    judged = Dataset()
-    judged.ReferencedSOPClassUID, judged.ReferencedSOPInstanceUID = found.SOPClassUID, found.SOPInstanceUID
-    if prediction.sample.frame is not None:
-        judged.ReferencedFrameNumber = prediction.sample.frame + 1
-    capture.SourceImageSequence = [judged]
-    capture.Rows, capture.Columns, capture.SamplesPerPixel = *pixels.shape[:2], 3
-    capture.PhotometricInterpretation, capture.PlanarConfiguration = "RGB", 0
-    capture.BitsAllocated, capture.BitsStored, capture.HighBit, capture.PixelRepresentation = 8, 8, 7, 0
-    content = pixels.tobytes()
-    capture.PixelData = content + b"\0" * (len(content) % 2)
-    capture.file_meta = FileMetaDataset()
-    capture.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    path = new_file(folder)
-    capture.save_as(path, enforce_file_format=True)
+    sample = prediction.sample
+    row = {
+        "path": str(sample.path),
+        "frame": sample.frame,
+        "spacing": prediction.spacing,
+        "score": prediction.score,
+        "p_value": prediction.p_value,
+    }
+    overlay, path = new_file(sample.path.parent), new_file(sample.path.parent)
+    overlay.write_bytes(encode_picture(painted(prediction, bank, "overlay"), kind="PNG"))
+    with quiet():
+        (plane,) = read_planes([row])
+        pixels, zoom = framed_picture(overlay, scale=bank.map_range, caption=caption(row))
+        made = picture(plane, pixels, maker, series=series, number=number, zoom=zoom)
+        made.save_as(path, enforce_file_format=True)
     return path

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from anatomaly.config import check_intensity
 from anatomaly.data.readers import count_frames
 from anatomaly.data.transforms import load
+from anatomaly.data.windows import parse_intensity
 from anatomaly.errors import AnatomalyError, ConfigError, ReadError
 from anatomaly.service.limits import Limits, RefusedError
 from anatomaly.service.pictures import base64_png, painted, thumbnail_png
@@ -50,7 +51,7 @@ class Judged(NamedTuple):
 
 
 def intensity_of(text: str) -> Intensity | None:
-    """The rule a client named, as JSON such as {"rule": "window", "low": 40, "high": 80}; None for an empty text.
+    """The rule a client named, in words such as "brain" and "window:40/80", or as JSON; None for an empty text.
 
     Raises:
         ConfigError: It is no rule.
@@ -58,7 +59,7 @@ def intensity_of(text: str) -> Intensity | None:
     if not text:
         return None
     try:
-        rule = Intensity(**json.loads(text))
+        rule = Intensity(**json.loads(text)) if text.startswith("{") else parse_intensity(text)
         check_intensity(rule, "intensity")
     except (ValueError, TypeError, RecursionError) as err:
         raise ConfigError('intensity: expected JSON such as {"rule": "window", "low": 40, "high": 80}.') from err

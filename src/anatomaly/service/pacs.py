@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import requests
 from dicomweb_client import DICOMwebClient
 from pydicom import dcmread
+from pydicom.uid import generate_uid
 
-from anatomaly.errors import ConfigError
+from anatomaly.errors import AnatomalyError, ConfigError
+from anatomaly.results.dicom_objects import Maker
 from anatomaly.service.capture import secondary_capture
 from anatomaly.service.limits import Limits, RefusedError
-from anatomaly.service.uploads import Stored, new_file, private_folder
+from anatomaly.service.uploads import Stored, new_file, private_folder, with_names
 
 if TYPE_CHECKING:
     from anatomaly.service.judging import Judge, Wanted
@@ -156,14 +158,20 @@ async def judge_pulled(
     with private_folder() as folder:
         files = await asyncio.to_thread(pacs.pull, wanted, folder, judge.limits)
         captures: list[Path] = []
+        troubles: list[str] = []
+        maker = Maker(judge.detector.facts.name, judge.detector.model_hash, session.bank.digest)
+        series = str(generate_uid())
 
         def capture(prediction: Prediction, file: Stored) -> None:
-            captures.append(secondary_capture(file.path, prediction, session.bank, folder, captures))
+            try:
+                captures.append(secondary_capture(prediction, session.bank, maker, series, len(captures) + 1))
+            except AnatomalyError as err:
+                troubles.append(with_names(str(err), [file]))
 
         answer = await run(lambda: judge.answer(session, files, pictures, also=capture if wanted.push else None))
         if wanted.push:
             answer.pushed, trouble = await asyncio.to_thread(pacs.push, captures)
-            answer.error = answer.error or trouble
+            answer.error = answer.error or trouble or next(iter(troubles), None)
         return answer
 
 
