@@ -970,3 +970,31 @@ def test_what_jsonargparse_says_is_said_in_our_words(refused, monkeypatch):
     for message in EARLIER:
         noted(message)
     assert used == set(range(len(cli._REWORDED))), "a pattern that nothing matches any more"
+
+
+# --- images that show next to nothing ---
+
+
+def test_evaluate_takes_a_rule_and_refuses_one_that_shows_nothing(world, refused):
+    words = (
+        "evaluate",
+        "--model",
+        world / "model",
+        "--data",
+        world / "ph",
+        "--tasks=[head_ct]",
+        "--shots=2",
+        "--draws=1",
+    )
+    line = refused(*words, "--intensity=window:9999/2")
+    assert "support: intensity window:9999/2 leaves one value for all pixels of all 2 images" in line
+    assert "Give --intensity range:0..255" in line
+    assert "percentile: got 5 and 4" in refused(*words, "--intensity=percentile:5..4")
+
+
+def test_fit_tells_of_training_images_that_show_nothing(run, world, tmp_path, caplog):
+    words = ("--data", world / "ph", "--out", tmp_path / "m", "--method.name=nearest", "--teacher.weights=random")
+    words = (*words, "--preprocessing.size=[64,64]", "--training.device=cpu", "--preprocessing.intensity=range:0..9999")
+    assert run("fit", *words, "--tasks=[head_ct]").code == 0
+    assert "head_ct: after intensity range:0..9999 the images use 3 % of the input range." in caplog.text
+    assert "Give --preprocessing.intensity range:0..255, the values these files use." in caplog.text
