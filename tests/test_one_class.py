@@ -310,7 +310,8 @@ def test_fit_on_the_command_line(phantom, tmp_path, capsys):
     where = (f"--data={phantom.source}", f"--out={tmp_path}", "--tasks=[brain_mr]")
     pdd = ("--method.name=pdd", "--method.pdd.diversity_weight=0.25", "--method.pdd.shared_students=true")
     assert main(["fit", *where, *teachers, *small, *pdd]) == 0
-    first, last = capsys.readouterr().out.splitlines()
+    images, first, last = capsys.readouterr().out.splitlines()
+    assert images.startswith("normal images: brain_mr ")
     assert first.startswith("pdd on efficientnet_lite0 and timm/resnet18, 1 epoch.")
     assert last == f"model: {tmp_path}"
     loaded = Detector.load(tmp_path, device="cpu")

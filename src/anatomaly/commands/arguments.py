@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anatomaly.commands.console import say, tell_left_out, tell_wait
 from anatomaly.commands.intensity import intensity_argument
-from anatomaly.errors import ConfigError
+from anatomaly.errors import ConfigError, NotReadyError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,8 +70,10 @@ def _precision(options: Namespace) -> Any:
         return options.precision
     from anatomaly.detector.bundle import load_bank
 
-    bank = options.get("bank")
-    return "fp32" if bank is None else load_bank(Path(bank)).precision or "fp32"
+    if options.get("bank") is not None:
+        with suppress(NotReadyError):  # told where the bank is used, if the model takes one
+            return load_bank(Path(options.bank)).precision or "fp32"
+    return "fp32"
 
 
 def support_arguments(parser: ArgumentParser) -> None:
