@@ -10,6 +10,8 @@ task itself are the nested ones.  Trained variants are trained on the other task
 --aside DIR  tasks that are judged but never chosen on, such as the phantom's
 --learned    train patch attention too: minutes for each task and seed
 
+--only NAME  some groups of variants alone, printed beside nearest neighbours where those are in --out
+
 A killed run goes on where it stopped: whatever is in --out is not computed again.  Prints Markdown.
 """
 
@@ -155,7 +157,7 @@ def main():
     parser.add_argument("--learned_seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--images", type=int, help="Test images of each class and task, at most; default all.")
-    parser.add_argument("--only", nargs="+", choices=GROUPS, help="Compute these now; tables need all.")
+    parser.add_argument("--only", nargs="+", choices=GROUPS, help="These alone, beside the reference.")
     args = parser.parse_args()
     sets = [load_manifest(args.data), *([load_manifest(args.aside)] if args.aside else [])]
     note_settings(args, [each.fingerprint() for each in sets])
@@ -174,6 +176,8 @@ def main():
                     print(f"{name} {task}: {time.perf_counter() - started:.0f} s", flush=True)
     if args.only is None:
         tables(args, groups, sets)
+    else:
+        beside_reference(args, groups, sets[0].tasks)
 
 
 def note_settings(args, data):
@@ -213,7 +217,8 @@ def method_of(args, group, manifest, task, seed):
     training = replace(config.training, seed=seed, cache_disk_gib=20.0)
     config = replace(config, method=MethodConfig(group.method, group.settings), training=training)
     others = replace(manifest, samples=tuple(row for row in manifest if row.task != task))
-    fit(others, place, config)
+    with torch.inference_mode(False):  # `judge` has it on, and training needs gradients
+        fit(others, place, config)
     return Detector.load(place, device="cpu").method
 
 
@@ -424,6 +429,39 @@ def tables(args, groups, sets):
         cells = [files[key[0]][task].get(f"pixels {key[1]}") for task in outlined]
         if all(cell is not None for cell in cells):
             print(f"| {title(groups, key)} | " + " | ".join(f"{cell[0]:.3f} / {cell[1]:.3f}" for cell in cells) + " |")
+
+
+def beside_reference(args, groups, tasks):
+    """Print the variants of `--only` beside the reference, on the draws that both have."""
+    stored = {name: {task: args.out / name / f"{task}.npz" for task in tasks} for name in (*args.only, REFERENCE[0])}
+    stored = {name: files for name, files in stored.items() if all(file.exists() for file in files.values())}
+    if REFERENCE[0] not in stored:
+        return
+    files = {name: {task: np.load(file) for task, file in each.items()} for name, each in stored.items()}
+    labels = {task: file["labels"] for task, file in files[REFERENCE[0]].items()}
+    patients = {task: list(file["patients"]) for task, file in files[REFERENCE[0]].items()}
+    plain, how = REFERENCE[1], groups[REFERENCE[0]].variants[REFERENCE[1]]
+    for key in ((name, variant) for name in files for variant in groups[name].variants):
+        if key == REFERENCE:
+            continue
+        pairs = {}
+        for task in tasks:
+            ours = scores_in(files[key[0]][task], key[1], groups[key[0]].variants[key[1]])
+            theirs = scores_in(files[REFERENCE[0]][task], plain, how)
+            draws = min(len(ours), len(theirs))
+            pairs[task] = ours[:draws], theirs[:draws]
+        names = (title(groups, key), title(groups, REFERENCE))
+        print(f"\n{names[0]} (left) beside {names[1]}, mean and standard deviation over draws\n")
+        head([*(f"K = {shots}" for _ in pairs[task] for shots in args.shots)])
+        rows = []
+        for task, pair in pairs.items():
+            values = np.array([[[auroc(one, labels[task]) for one in draw] for draw in each] for each in pair])
+            rows.append(values.mean(axis=1).ravel())
+            cells = zip(rows[-1], values.std(axis=1, ddof=1).ravel(), strict=True)
+            print(f"| {task} | " + " | ".join(f"{mean:.3f} ± {spread:.3f}" for mean, spread in cells) + " |")
+        line("mean", np.mean(rows, axis=0))
+        print("\nDifference (95 % interval); * p < 0.05, Holm over tasks\n")
+        differences(pairs, labels, patients, args.shots)
 
 
 def aurocs(scores, labels):
