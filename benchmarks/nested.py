@@ -441,7 +441,7 @@ def beside_reference(args, groups, tasks):
     labels = {task: file["labels"] for task, file in files[REFERENCE[0]].items()}
     patients = {task: list(file["patients"]) for task, file in files[REFERENCE[0]].items()}
     plain, how = REFERENCE[1], groups[REFERENCE[0]].variants[REFERENCE[1]]
-    for key in ((name, variant) for name in files for variant in groups[name].variants):
+    for key in ((name, variant) for name in args.only if name in files for variant in groups[name].variants):
         if key == REFERENCE:
             continue
         pairs = {}
