@@ -194,7 +194,7 @@ def test_a_recorded_run_gets_the_settings_that_came_later():
 
 def test_the_preset_of_attention_is_a_valid_setting(monkeypatch, phantom):
     called = []
-    monkeypatch.setattr("anatomaly.training.fit.fit", lambda manifest, out, config: called.append(config))
+    monkeypatch.setattr("anatomaly.training.fit.fit", lambda manifest, out, config, **_: called.append(config))
     assert main(["fit", "--preset", "attention", "--data", str(phantom.source), "--out", "unused"]) == 0
     (config,) = called
     assert isinstance(config, FitConfig)

@@ -121,7 +121,7 @@ def test_an_outside_method_works_on_the_command_line(installed, phantom, tmp_pat
     data, model = str(phantom.source), str(tmp_path / "model")
     words = ["fit", "--data", data, "--out", model, "--method.name=mean_distance", "--method.mean_distance.levels=3"]
     assert main([*words, *SMALL]) == 0
-    assert capsys.readouterr().out.startswith("mean_distance on tiny, 1 epoch. Distance from the mean features")
+    assert "\nmean_distance on tiny, 1 epoch. Distance from the mean features" in capsys.readouterr().out
     facts = json.loads((tmp_path / "model/config.json").read_text())
     assert facts["method"] == {"name": "mean_distance", "mean_distance": {"levels": 3}}
     assert facts["scoring"]["pooling"] == "mean", "defaults follow the method"

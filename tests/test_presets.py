@@ -97,7 +97,7 @@ def settings_of(monkeypatch, phantom):
 
     def call(*words, command=("fit",)):
         called = []
-        monkeypatch.setattr("anatomaly.training.fit.fit", lambda manifest, out, config: called.append(config))
+        monkeypatch.setattr("anatomaly.training.fit.fit", lambda manifest, out, config, **_: called.append(config))
         monkeypatch.setattr(
             "anatomaly.benchmark.ablation.run_ablation",
             lambda manifest, out, base, **_: (called.append(base) or [], []),

@@ -513,6 +513,21 @@ def test_the_command_writes_a_leaderboard(phantom, tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize("given", ["file", "flag"])
+def test_numbers_that_no_option_has_a_type_for_are_numbers(given, phantom, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("anatomaly.benchmark.run.run_grid", lambda grid, out, **_: asked.append(grid) or [])
+    methods = "{nearest: {images: 64}, padim: {options: {features: 50}}}"
+    words = ["--data", str(phantom.source), "--out", str(tmp_path / "out"), *SMALL, "--methods", methods]
+    if given == "file":
+        (tmp_path / "grid.yaml").write_text(f"methods: {methods}\n")
+        words = [*words[:-2], "-c", str(tmp_path / "grid.yaml")]
+    assert main(["benchmark", *words]) == 0
+    ((nearest, padim),) = (grid.entries for grid in asked)
+    assert nearest.images == 64
+    assert padim.options == {"features": 50}
+
+
 def test_the_command_works_in_processes_of_its_own(phantom, tmp_path, monkeypatch, capsys):
     from concurrent.futures import ProcessPoolExecutor
 

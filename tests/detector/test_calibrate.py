@@ -352,7 +352,7 @@ def test_rates_are_called_in_report_and_summary(detector, folder, normals, queri
     html = summary.report.read_text()
     assert html.count('class="call">called at 5 % false-positive rate') == sum(p <= 0.05 for p in known) > 0
     assert f"{sum(p <= 0.05 for p in known)} of 12" in html
-    assert html.count("score <b>") == html.count(" p <b>") == 12
+    assert html.count('<p class="score">score <b>') == html.count(" p <b>") == 12
 
 
 def test_a_rate_that_cannot_be_asserted_is_refused_before_anything_is_written(detector, normals, queries, tmp_path):

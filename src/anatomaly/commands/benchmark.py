@@ -147,7 +147,7 @@ def _entry(name: str, changes: object, given: Mapping[str, Any]) -> Entry:
         raise ConfigError(f"benchmark: methods.{name} is {changes!r}, expected settings, such as {{images: 64}}.")
     own: dict[str, Any] = dict(changes or {})  # type: ignore[call-overload]
     preset, peer = own.pop("preset", None), own.pop("peer", name if name in PEERS else None)
-    images, choices = own.pop("images", 0), own.pop("options", {})
+    images, choices = _typed(own.pop("images", 0)), _typed(own.pop("options", {}))
     if peer is not None and peer not in PEERS:
         raise ConfigError(f"benchmark: methods.{name}: unknown peer {peer!r}, expected one of {', '.join(PEERS)}.")
     if not isinstance(images, int) or images < 0 or not isinstance(choices, Mapping):
@@ -175,6 +175,17 @@ def _entry(name: str, changes: object, given: Mapping[str, Any]) -> Entry:
         raise ConfigError(f"benchmark: methods.{name}: {' '.join(str(err).split())}") from err
     teacher = config.teacher if alone else None
     return Entry(name, config, teacher=teacher, peer=peer, images=images, options=choices)
+
+
+def _typed(value: Any) -> Any:
+    """A value that no option has a type for, read as YAML would: the command line takes all of YAML as text at first."""
+    import yaml
+
+    if isinstance(value, Mapping):
+        return {key: _typed(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_typed(each) for each in value]
+    return yaml.safe_load(value) if isinstance(value, str) else value
 
 
 def _merged(one: Mapping[str, Any], two: Mapping[str, Any]) -> dict[str, Any]:
