@@ -576,6 +576,18 @@ def test_results_are_never_overwritten(run, refused, world, tmp_path):
     assert (tmp_path / "out/scores.csv").read_bytes() == before
 
 
+def test_results_are_no_images(run, refused, world, tmp_path):
+    shutil.copytree(world / "normals", tmp_path / "scans")
+    words = ("--images", tmp_path / "scans", "--support", world / "normals")
+    assert run(*predict(world, tmp_path / "scans/first", *words)).code == 0
+    code, out, _ = run(*predict(world, tmp_path / "scans/second", *words))
+    assert code == 0
+    assert "1 folder left out: 1 of results" in out
+    assert len(read_scores(tmp_path / "scans/second/scores.csv")) == 3
+    assert "is both --out and --images" in refused(*predict(world, tmp_path / "scans", *words))
+    assert "is both --out and --support" in refused(*predict(world, world / "normals", *words))
+
+
 # --- without a model, and from a plain folder ---
 
 

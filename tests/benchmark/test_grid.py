@@ -23,6 +23,7 @@ from anatomaly.benchmark.grid import Entry, Grid, settings_of, slug
 from anatomaly.benchmark.leaderboard import read_cells
 from anatomaly.benchmark.run import CELL, Failure, run_grid
 from anatomaly.cli import main
+from anatomaly.commands.benchmark import _entry
 from anatomaly.config import FitConfig, MethodConfig, TeacherConfig, TrainingConfig
 from anatomaly.data.manifest import load_manifest
 from anatomaly.errors import ConfigError, ManifestError, NotReadyError, ReadError
@@ -517,15 +518,21 @@ def test_the_command_writes_a_leaderboard(phantom, tmp_path, capsys):
 def test_numbers_that_no_option_has_a_type_for_are_numbers(given, phantom, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr("anatomaly.benchmark.run.run_grid", lambda grid, out, **_: asked.append(grid) or [])
-    methods = "{nearest: {images: 64}, padim: {options: {features: 50}}}"
+    methods = "{nearest: {images: 64}, attention: {training: {epochs: 3}}}"
     words = ["--data", str(phantom.source), "--out", str(tmp_path / "out"), *SMALL, "--methods", methods]
     if given == "file":
         (tmp_path / "grid.yaml").write_text(f"methods: {methods}\n")
         words = [*words[:-2], "-c", str(tmp_path / "grid.yaml")]
     assert main(["benchmark", *words]) == 0
-    ((nearest, padim),) = (grid.entries for grid in asked)
+    ((nearest, attention),) = (grid.entries for grid in asked)
     assert nearest.images == 64
-    assert padim.options == {"features": 50}
+    assert attention.config.training.epochs == 3
+
+
+def test_a_peers_options_have_the_types_of_yaml(monkeypatch):
+    monkeypatch.setattr("anatomaly.benchmark.peers.PEERS", {"padim": None})
+    entry = _entry("padim", {"options": {"features": "50", "layers": ["1", "2"], "pre_trained": "false"}}, {})
+    assert entry.options == {"features": 50, "layers": [1, 2], "pre_trained": False}
 
 
 def test_the_command_works_in_processes_of_its_own(phantom, tmp_path, monkeypatch, capsys):

@@ -175,6 +175,15 @@ def test_a_lone_support_has_no_yardstick(detector, supports):
     assert detector.set_support(supports[:1]).bank.normal_scores == ()
 
 
+def test_a_folder_stands_for_its_images(detector, supports, tmp_path):
+    for k, sample in enumerate(supports):
+        (tmp_path / f"{k}.png").write_bytes(sample.path.read_bytes())
+    (tmp_path / "notes.txt").write_text("no image")
+    detector.set_support(tmp_path)
+    assert detector.bank.names == ("0.png", "1.png", "2.png", "3.png")
+    assert [each.sample.name for each in detector.predict(str(tmp_path))] == list(detector.bank.names)
+
+
 # The built-in model
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from anatomaly.data.contrast import NOTE
 from anatomaly.errors import OutputError
 from anatomaly.results.page import write_report
 from anatomaly.results.pictures import render_map
@@ -169,6 +170,13 @@ def test_unreadable_images_are_listed_with_their_reason(tmp_path):
     assert "c.dcm Not an image." in made.text
     assert "d.png: the score is not a finite number." in made.text
     assert len(made.all("article")) == 1
+
+
+def test_a_run_of_images_that_show_nothing_says_so_on_top(tmp_path):
+    poor = [prediction(f"{k}.png", note=f"one of the support images; {NOTE}") for k in range(2)]
+    told = "images show hardly any contrast"
+    assert f"2 of 3 {told}" in page(tmp_path, *poor, prediction("c.png")).text
+    assert told not in page(tmp_path, *poor, prediction("c.png"), prediction("d.png")).text
 
 
 @pytest.mark.parametrize("predictions", [[], [failed("b.png", "b.png: is empty.")]])

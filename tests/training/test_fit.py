@@ -110,12 +110,16 @@ def test_progress_tells_every_epoch(finished):
     assert detector.facts.training["val_auroc"] == best["val_auroc"]
 
 
-def test_the_log_says_how_many_images_a_validation_rests_on(scans, tmp_path, one_teacher, caplog):
+def test_the_log_says_how_many_images_a_validation_rests_on(scans, tmp_path, one_teacher, caplog, monkeypatch):
     """One normal image of each of two tasks is held out."""
     with caplog.at_level("INFO", logger="anatomaly"):
         fit(scans, tmp_path / "model", settings(epochs=1))
-    (line,) = [record.getMessage() for record in caplog.records if "validation AUROC" in record.getMessage()]
-    assert line.endswith("from 2 normal images and as many with a pasted lesion")
+        monkeypatch.setattr("anatomaly.training.student._FEWEST", 2)
+        fit(scans, tmp_path / "more", settings(epochs=1))
+    few, enough = [record.getMessage() for record in caplog.records if "validation" in record.getMessage()]
+    assert few.endswith("validation on 2 normal images, too few for a figure")
+    assert "validation AUROC 0." in enough or "validation AUROC 1." in enough
+    assert enough.endswith("from 2 normal images and as many with a pasted lesion")
     assert [each["val_images"] for each in progress(tmp_path / "model")] == [2]
 
 

@@ -178,7 +178,7 @@ def _entry(name: str, changes: object, given: Mapping[str, Any]) -> Entry:
 
 
 def _typed(value: Any) -> Any:
-    """A value that no option has a type for, read as YAML would: the command line takes all of YAML as text at first."""
+    """A value that no option has a type for, read as YAML would: the command line takes it as text."""
     import yaml
 
     if isinstance(value, Mapping):

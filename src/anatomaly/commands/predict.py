@@ -17,6 +17,7 @@ from anatomaly.commands.arguments import (
 from anatomaly.commands.console import ended_by_signal, fail, say
 from anatomaly.commands.progress import progress
 from anatomaly.commands.support import warn_of_odd
+from anatomaly.errors import ConfigError
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -43,6 +44,7 @@ def run_predict(options: Namespace) -> int:
     from anatomaly.results.run_record import refuse_finished
 
     check_support_options(options, "predict")
+    _refuse_inputs(options)
     refuse_finished(Path(options.out))
     samples = manifest_of(options.images, options.task).samples
 
@@ -101,3 +103,15 @@ def run_predict(options: Namespace) -> int:
     if not scored:
         return fail("no image could be scored; scores.csv says why for each.")
     return 0
+
+
+def _refuse_inputs(options: Namespace) -> None:
+    """Refuse to write among the images: a later run would take overlays for images.
+
+    Raises:
+        ConfigError: The output folder is one of those that are read.
+    """
+    out = Path(options.out)
+    for flag, paths in (("images", options.images), ("support", options.support or ())):
+        if out.exists() and any(Path(each).is_dir() and out.samefile(each) for each in paths):
+            raise ConfigError(f"predict: {out} is both --out and --{flag}. Choose another --out.")

@@ -55,6 +55,8 @@ def warn_of_odd(bank: SupportBank) -> None:
     """Say on standard error which support stands out among the others, if one does."""
     from anatomaly.detector.screening import screen
 
+    if bank.shots == 1:
+        print("One support image: there is nothing to compare its score with. Give more.", file=sys.stderr)
     screened = screen(bank.normal_scores)
     odd = [(one.ratio, name) for name, one in zip(bank.names, screened, strict=False) if one.odd]
     if odd:

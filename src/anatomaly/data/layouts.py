@@ -308,15 +308,20 @@ def _mask_key(path: Path, folder: Path) -> str:
 
 
 def samples_of(item: str | Path | Sample, *, task: str) -> list[Sample]:
-    """Rows of one item a caller named: a row as it is, a file as one row per frame.
+    """Rows of one item a caller named: a row as it is, a file as one row per frame, a folder as all images below it.
 
     Args:
-        item: Manifest row or path of one image file; a path that cannot be read gives a row whose reading fails.
+        item: Manifest row or path; one that cannot be read gives a row whose reading fails.
         task: Name of the data set for paths.
+
+    Raises:
+        ManifestError: A folder without images.
     """
     if isinstance(item, Sample):
         return [item]
     path = Path(item)
+    if os.path.isdir(path):  # noqa: PTH112 False where pathlib raises
+        return read_plain(path, task).samples
     return [Sample(path, task, frame=frame) for frame in _frames(path)]
 
 

@@ -120,6 +120,10 @@ def _reason(path: str, name: str, *, masks: bool) -> str | None:
         return "cannot be opened"
 
 
+#: What a folder that `anatomaly predict` wrote to holds; its overlays are no images to judge.
+_RESULTS = {"run.json", "scores.jsonl"}
+
+
 def _walk(folder: Path, left_out: Counts, *, deep: bool) -> Iterator[tuple[str, str]]:
     """Yield (path, name) of every file; folders behind links come last, so that a file has its plainest path."""
     seen: set[tuple[int, int]] = set()
@@ -140,6 +144,9 @@ def _walk(folder: Path, left_out: Counts, *, deep: bool) -> Iterator[tuple[str, 
             left_out["folder", "read already under another name"] += 1
             continue
         seen.add((status.st_dev, status.st_ino))
+        if {entry.name for entry in entries} >= _RESULTS:
+            left_out["folder", "of results"] += 1
+            continue
         for entry in entries:
             kind = _kind(entry)
             if kind == "file":

@@ -13,6 +13,7 @@ import numpy as np
 
 from anatomaly.data.layouts import rows_of
 from anatomaly.data.transforms import load
+from anatomaly.data.windows import spell_intensity
 from anatomaly.detector.conformal import Call, needed_calls, needed_normals, rejected_up_to, threshold, unit_of
 from anatomaly.errors import AnatomalyError, ConfigError
 from anatomaly.results.dicom_objects import Maker
@@ -274,6 +275,7 @@ def _about(detector: Detector, task: str) -> dict[str, str]:
         "Model": detector.model_hash[:12],
         "Task": task,
         "Input": f"{preprocessing.size[0]} x {preprocessing.size[1]} pixels, {preprocessing.resize}",
+        "Intensity": spell_intensity(detector.ready().preprocessing.intensity),
         "Score": f"geometric mean over levels, each the {pooled}"
         if scoring.levels == "geometric"
         else f"{pooled} of the map, Gaussian blur {scoring.blur:g} pixels",

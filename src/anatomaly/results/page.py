@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from anatomaly.data.contrast import NOTE
 from anatomaly.detector.conformal import Call
 from anatomaly.files import write_whole
 from anatomaly.results.cases import GROUPS, Reference, Shared, cases_section, count, is_called
@@ -116,7 +117,18 @@ def _summary(predictions: Sequence[Prediction], scored: Sequence[Prediction], ca
         said += [f"{sum(p.sample.label == k for p in scored)} known to be {GROUPS[k]}" for k in (1, 0)]
     line = "".join(f"<span>{escaped(each)}</span>" for each in said)
     lost = f'<span class="lost">{len(failed)} not scored</span>' if failed else ""
-    return f'<p class="summary">{line}{lost}</p>{_failures(failed)}'
+    return f'<p class="summary">{line}{lost}</p>{_failures(failed)}{_poor(scored)}'
+
+
+def _poor(scored: Sequence[Prediction]) -> str:
+    """A warning where most images show next to nothing: then no score means anything."""
+    poor = sum(NOTE in (p.note or "") for p in scored)
+    if 2 * poor <= len(scored):
+        return ""
+    return (
+        f'<div class="failures"><p><b>{poor} of {len(scored)} images show hardly any contrast</b> after the intensity '
+        "rule. Their scores say nothing. Judge them again with a rule that fits their values (--intensity).</p></div>"
+    )
 
 
 def _failures(failed: Sequence[Prediction]) -> str:

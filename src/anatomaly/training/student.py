@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _BEST = "best.safetensors"
+#: Validation images below which no AUROC is told: of one image it is 0 or 1.
+_FEWEST = 5
 
 
 class StudentTraining(lightning.LightningModule):
@@ -100,14 +102,11 @@ class StudentTraining(lightning.LightningModule):
                 self.best = {"val_auroc": figures["val_auroc"], "best_epoch": epoch}
                 write_tensors(self.folder / _BEST, self.method.state_dict())
             images = figures["val_images"]
-            rests_on = f"{images} normal image{'s' * (images > 1)} and as many with a pasted lesion"
-            logger.info(
-                "epoch %d: loss %.4f, validation AUROC %.4f from %s",
-                epoch,
-                mean["total"],
-                figures["val_auroc"],
-                rests_on,
-            )
+            auroc = f"validation AUROC {figures['val_auroc']:.4f}"
+            told = f"{auroc} from {images} normal images and as many with a pasted lesion"
+            if images < _FEWEST:
+                told = f"validation on {images} normal image{'s' * (images > 1)}, too few for a figure"
+            logger.info("epoch %d: loss %.4f, %s", epoch, mean["total"], told)
         figures["seconds"] = time.perf_counter() - self._started
         self._started = time.perf_counter()
         try:
