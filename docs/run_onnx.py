@@ -1,6 +1,6 @@
 """Scores of 8-bit PNG files from a model.onnx of `anatomaly export`: numpy, onnxruntime and Pillow are all it needs.
 
-python docs/run_onnx.py model.onnx scan.png ...
+Usage: python docs/run_onnx.py model.onnx scan.png ...
 """
 
 import json
@@ -12,7 +12,7 @@ import onnxruntime
 from PIL import Image
 
 
-def prepare(file, told):
+def prepare(file: str, told: dict) -> np.ndarray:
     """A PNG -> (3, H, W) float32 in [0, 1], as the JSON beside the model says."""
     picture = Image.open(file)
     if picture.mode not in ("L", "RGB"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -128,7 +128,7 @@ def trace(
     teachers: Sequence[Teacher],
     *,
     names: tuple[Sequence[str], Sequence[str]],
-    free: object,
+    free: tuple[Any, ...],
 ) -> ModelProto:
     """A module that runs teachers as ONNX of standard operators; leaves their scans as they were.
 

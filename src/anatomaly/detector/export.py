@@ -1,4 +1,7 @@
-"""A whole model as an ONNX file, from the network's input to map and score, compared with `Detector` before it is kept."""
+"""A whole model as an ONNX file, from the network's input to map and score, compared with `Detector` first.
+
+What torch cannot trace of a method stands in the method, under `torch.compiler.is_compiling()`.
+"""
 
 from __future__ import annotations
 
@@ -64,6 +67,9 @@ class _Chain(nn.Module):
         support: What `method.embed_support` returned; not used where `forward` is given support images.
         size: (H, W).
     """
+
+    rows: Tensor
+    columns: Tensor
 
     def __init__(self, method: Method, scoring: Scoring, support: Mapping[str, Tensor], size: tuple[int, int]) -> None:
         super().__init__()
@@ -232,8 +238,8 @@ def check_agreement(
     if not (score <= SCORE_TOLERANCE and pixel <= MAP_TOLERANCE and not swapped):  # NaN is refused too
         raise OutputError(
             f"{file}: not written: onnxruntime differs from the model by {score:.1e} of a score, {pixel:.1e} of the "
-            f"highest map value and {swapped} ranks, expected at most {SCORE_TOLERANCE:.0e}, {MAP_TOLERANCE:.0e} and 0. "
-            "Try other versions of torch and onnxruntime."
+            f"highest map value and {swapped} ranks, expected at most {SCORE_TOLERANCE:.0e}, {MAP_TOLERANCE:.0e} and "
+            "0. Try other versions of torch and onnxruntime."
         )
     return score, pixel
 

@@ -92,7 +92,7 @@ def matched(queries: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
     """
     shots, patches = len(bank), bank.flatten(0, 2)  # (K*h*w, C)
     if torch.compiler.is_compiling():  # a graph has no loop over images
-        nearest = most_similar(queries.flatten(2).mT.flatten(0, 1), patches).unflatten(0, (queries.shape[0], -1))
+        nearest = most_similar(queries.flatten(2).mT.flatten(0, 1), patches).reshape(queries.shape[0], -1)
         owners = F.one_hot(nearest // (len(patches) // shots), shots).float()
         return patches[nearest].mT.reshape(queries.shape), owners.mean(dim=1)
     targets, weights = [], []
