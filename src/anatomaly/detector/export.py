@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 #: Largest difference allowed: of a score as a share of it, and of a map as a share of the highest value of all maps.
 SCORE_TOLERANCE = MAP_TOLERANCE = 1e-3
-#: Differences below this count as none: a score of nearly 0 is rounding.
-_ROUNDING = 1e-5
+#: What scores and maps count at least: one of nearly 0 is rounding.  Two scores nearer than `_ROUNDING` have no order.
+_LEAST, _ROUNDING = 1e-2, 1e-5
 _OUTPUTS = ("map", "score")
 
 
@@ -228,7 +228,7 @@ def check_agreement(
 
     Raises:
         OutputError: A score differs by more than 0.001 of itself, a pixel by more than 0.001 of the highest one, or
-            the images come in another order; differences below 1e-5 count as none.
+            the images come in another order; differences up to 1e-5 are allowed anywhere.
     """
     (maps, scores), (true_maps, true_scores) = found, expected
     score = _largest(np.abs(scores - true_scores), np.abs(true_scores))
@@ -245,6 +245,5 @@ def check_agreement(
 
 
 def _largest(differences: NDArray[Any], whole: Any) -> float:
-    """Of differences as shares of a whole, those of rounding left out; NaN if one is."""
-    shares = np.where(differences <= _ROUNDING, 0.0, differences / np.maximum(whole, _ROUNDING))
-    return float(shares.max())
+    """Of differences as shares of a whole, which counts as 0.01 at least; NaN if one is."""
+    return float((differences / np.maximum(whole, _LEAST)).max())
