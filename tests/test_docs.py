@@ -178,7 +178,7 @@ def test_commands_are_accepted(name, folder):
             Path(file).write_text(out.getvalue())
             continue
         for role in ("teacher", "global_teacher"):
-            teacher = getattr(options.get(role), "name", "none")
+            teacher = getattr(options.get(role), "name", None) or "none"
             assert teacher in BACKBONES or teacher == "none" or teacher.startswith("timm/"), f"{name}:{line}"
 
 

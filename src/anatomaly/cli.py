@@ -298,10 +298,9 @@ COMMANDS = {
         serve.run_serve,
     ),
     "export": Command(
-        "Write a frozen teacher as ONNX, compared with its own forward.",
+        "Write a model or a teacher as ONNX, compared with itself in torch.",
         export.export_arguments,
         export.run_export,
-        reads_images=False,
     ),
     **{
         f"import {name}": Command(

@@ -45,7 +45,7 @@ def anomaly_map(comparisons: Sequence[Comparison], size: tuple[int, int]) -> Ten
     """
     if not comparisons:
         raise ValueError("anomaly_map: got an empty sequence, expected at least one Comparison.")
-    total = comparisons[0].student.new_zeros(len(comparisons[0].student), *size, dtype=torch.float32)
+    total = comparisons[0].student.new_zeros(comparisons[0].student.shape[0], *size, dtype=torch.float32)
     judged = torch.zeros_like(total)  # what counts by how much it exceeds its surroundings
     for student, target, _, scale, surround in comparisons:
         distance = 1.0 - F.cosine_similarity(student.float(), target.float(), dim=1)  # (B, h, w)

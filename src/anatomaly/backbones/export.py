@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,11 +17,11 @@ from anatomaly.errors import ConfigError, NotReadyError, OutputError, ShapeError
 from anatomaly.files import write_whole
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     from onnx import GraphProto, ModelProto, NodeProto
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from anatomaly.backbones.teacher import Teacher
 
@@ -71,18 +71,15 @@ def export_teacher(
         ConfigError: The weights are too large for one file.
         OutputError: The two disagree, or the file cannot be written; nothing is left behind.
     """
-    _check_packages()
+    check_packages()
     if expected := misfit([teacher], size):
         raise ShapeError(f"export: {teacher.name}: got size {size[0]}x{size[1]}, expected {expected}. Change the size.")
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in teacher.state_dict().values())
-    if weights > _MOST_BYTES:
-        raise ConfigError(f"export: {teacher.name} has {weights / 2**30:.1f} GiB of weights, one ONNX file holds 2.")
+    check_fits(teacher.state_dict().values(), teacher.name)
     own = copy.deepcopy(teacher).cpu()  # the scan's form is changed below, and the caller's may be in use
     cases = _cases(own, size)
-    _fix_positions(own, size)
+    fix_positions(own, size)
     model = _trace(own, size)
-    if foreign := sorted({node.domain for node in _nodes(model.graph)} - {"", "ai.onnx"}):
-        raise NotReadyError(f"export: {teacher.name} needs operators of {', '.join(foreign)}, expected standard ones.")
+    check_standard(model, teacher.name)
     _describe(model, teacher, size)
     content = model.SerializeToString()
     parity = _parity(content, cases)
@@ -95,7 +92,8 @@ def export_teacher(
     return ExportedTeacher(file, size, OPSET, parity, sum(1 for _ in _nodes(model.graph)))
 
 
-def _check_packages() -> None:
+def check_packages() -> None:
+    """Raise a `NotReadyError` where a package that exports need is missing."""
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
@@ -104,7 +102,14 @@ def _check_packages() -> None:
         raise NotReadyError(f"export: {err.name} is not installed. pip install anatomaly[export]") from err
 
 
-def _fix_positions(teacher: Teacher, size: tuple[int, int]) -> None:
+def check_fits(tensors: Iterable[Tensor], called: str) -> None:
+    """Raise a `ConfigError` where tensors are too large for one file."""
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    if weights > _MOST_BYTES:
+        raise ConfigError(f"export: {called} has {weights / 2**30:.1f} GiB of weights, one ONNX file holds 2.")
+
+
+def fix_positions(teacher: Teacher, size: tuple[int, int]) -> None:
     """Resample a vision transformer's positions now: ONNX cannot where one side grows and the other one shrinks."""
     model = getattr(teacher.body, "model", None)
     if getattr(model, "dynamic_img_size", False) and getattr(model, "pos_embed", None) is not None:
@@ -112,22 +117,46 @@ def _fix_positions(teacher: Teacher, size: tuple[int, int]) -> None:
 
 
 def _trace(teacher: Teacher, size: tuple[int, int]) -> ModelProto:
-    """The teacher's forward as ONNX; leaves its scan as it was."""
+    """The teacher's forward as ONNX."""
+    batch = ({0: torch.export.Dim("batch", min=1)},)
+    return trace(teacher, (torch.zeros(2, 3, *size),), [teacher], names=(("images",), _NAMES), free=batch)
+
+
+def trace(
+    module: nn.Module,
+    inputs: tuple[Tensor, ...],
+    teachers: Sequence[Teacher],
+    *,
+    names: tuple[Sequence[str], Sequence[str]],
+    free: tuple[Any, ...],
+) -> ModelProto:
+    """A module that runs teachers as ONNX of standard operators; leaves their scans as they were.
+
+    Args:
+        module: On the CPU, in eval mode.
+        inputs: Examples of its inputs.
+        teachers: Those that it runs; the first names it in messages.
+        names: Of the inputs and of the outputs.
+        free: The axes that are not fixed, as `torch.export.export` takes them.
+
+    Raises:
+        NotReadyError: torch cannot export it.
+    """
     from onnxscript import optimizer
 
-    scans = isinstance(teacher.body, VMamba)
-    images = torch.zeros(2, 3, *size)
+    scans = [teacher.body for teacher in teachers if isinstance(teacher.body, VMamba)]
+    called = teachers[0].name if module is teachers[0] else f"this model on {teachers[0].name}"
     try:
-        if scans:
-            teacher.body.use_scan("onnx")
+        for body in scans:
+            body.use_scan("onnx")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own deprecations
             program = torch.onnx.export(
-                teacher,
-                (images,),
-                input_names=["images"],
-                output_names=list(_NAMES),
-                dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+                module,
+                inputs,
+                input_names=list(names[0]),
+                output_names=list(names[1]),
+                dynamic_shapes=free,
                 opset_version=OPSET,
                 dynamo=True,
                 verbose=False,
@@ -135,14 +164,20 @@ def _trace(teacher: Teacher, size: tuple[int, int]) -> ModelProto:
             )
     except torch.onnx.OnnxExporterError as err:
         reason = " ".join(str(err.__cause__ or err).split())[:200]
-        raise NotReadyError(f"export: torch {torch.__version__} cannot export {teacher.name}: {reason}") from err
+        raise NotReadyError(f"export: torch {torch.__version__} cannot export {called}: {reason}") from err
     finally:
-        if scans:
-            teacher.body.use_scan("auto")
+        for body in scans:
+            body.use_scan("auto")
     assert program is not None  # None is for its old form, dynamo=False
     optimizer.fold_constants(program.model)
     optimizer.remove_unused_nodes(program.model)
     return expand_scans(program.model_proto)
+
+
+def check_standard(model: ModelProto, called: str) -> None:
+    """Raise a `NotReadyError` where a graph has operators that are not of the ONNX standard."""
+    if foreign := sorted({node.domain for node in _nodes(model.graph)} - {"", "ai.onnx"}):
+        raise NotReadyError(f"export: {called} needs operators of {', '.join(foreign)}, expected standard ones.")
 
 
 def _describe(model: ModelProto, teacher: Teacher, size: tuple[int, int]) -> None:

@@ -84,6 +84,7 @@ class PatchAttention(nn.Module):
         self.surround = nn.Parameter(torch.logit(surround) / _SCALAR)
         self.gain = _scalars(_GAIN, 1)
         self.bias = _scalars(_BIAS, 1)
+        self._counts: dict[int, tuple[float, float]] = {}
 
     def extract(self, images: Tensor) -> Features:
         """Teacher pyramid of (B, 3, H, W) images in [0, 1]."""
@@ -136,15 +137,10 @@ class PatchAttention(nn.Module):
                     f"holds {tuple(bank.shape)}; C, h and w must match. Make the bank anew with this model and size."
                 )
             target, weights = self._rebuild(i, level.float(), bank.float())
-            comparisons.append(
-                Comparison(
-                    level,
-                    target,
-                    weights,
-                    scale=self._scale(i),
-                    surround=float(self._surround()[i % len(self.readings)]),
-                )
-            )
+            if not torch.compiler.is_compiling():  # a graph has no numbers: it takes those of the comparison before
+                self._counts[i] = (self._scale(i), float(self._surround()[i % len(self.readings)]))
+            scale, surround = self._counts[i]
+            comparisons.append(Comparison(level, target, weights, scale, surround))
         return comparisons
 
     def training_loss(self, query: Features, support: Features) -> dict[str, Tensor]:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 _DEFAULT = MatchingSettings()
 #: Of the mixture's least squares, as a share of the supports' mean square: two equal supports share the weight.
 _RIDGE = 0.01
+#: Of `_solve`, for K of thousands.
+_STEPS = 24
 
 
 class Matching(nn.Module):
@@ -121,5 +123,18 @@ def _mixed(queries: Tensor, bank: Tensor) -> Comparison:
     wholes, rows = bank.flatten(1).double(), queries.flatten(1).double()
     alike = wholes @ wholes.T
     ridge = _RIDGE * alike.diagonal().mean() * torch.eye(len(wholes), dtype=alike.dtype, device=alike.device)
-    shares = torch.linalg.solve(alike + ridge, wholes @ rows.T).T
+    solve = _solve if torch.compiler.is_compiling() else torch.linalg.solve
+    shares = solve(alike + ridge, wholes @ rows.T).T
     return Comparison(queries, (shares @ wholes).to(queries).reshape(queries.shape))
+
+
+def _solve(matrix: Tensor, rows: Tensor) -> Tensor:
+    """`torch.linalg.solve` of a positive definite (K, K) with a ridge, in operators that ONNX has: Newton and Schulz.
+
+    A step squares what is left of the error, at first at most 1 - ridge / (K + ridge): `_STEPS` do for K of thousands.
+    """
+    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    inverse = identity / matrix.diagonal().sum()
+    for _ in range(_STEPS):
+        inverse = inverse @ (2 * identity - matrix @ inverse)
+    return inverse @ rows

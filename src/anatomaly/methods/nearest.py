@@ -91,6 +91,10 @@ def matched(queries: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
         (B, C, h, w), and (B, K): the share of a query's patches whose most similar one is in support k.
     """
     shots, patches = len(bank), bank.flatten(0, 2)  # (K*h*w, C)
+    if torch.compiler.is_compiling():  # a graph has no loop over images
+        nearest = most_similar(queries.flatten(2).mT.flatten(0, 1), patches).reshape(queries.shape[0], -1)
+        owners = F.one_hot(nearest // (len(patches) // shots), shots).float()
+        return patches[nearest].mT.reshape(queries.shape), owners.mean(dim=1)
     targets, weights = [], []
     for one in queries:  # one image at a time bounds memory
         nearest = most_similar(one.flatten(1).T, patches)  # (h*w,)
@@ -101,6 +105,8 @@ def matched(queries: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
 
 def most_similar(queries: Tensor, patches: Tensor) -> Tensor:
     """Index of the patch with the largest dot product for each query: (Q, C) and (P, C) -> (Q,)."""
+    if torch.compiler.is_compiling():  # a graph knows neither blocks nor numpy
+        return (queries @ patches.T).argmax(dim=1)
     blocks = torch.split(queries, max(1, (_CUDA_BLOCK if queries.is_cuda else _BLOCK) // len(patches)))
     if queries.is_cuda:
         return torch.cat([(block @ patches.T).argmax(dim=1) for block in blocks])
