@@ -55,7 +55,7 @@ def screen(scores: Sequence[float]) -> tuple[Screened, ...]:
         >>> [one.odd for one in screen([0.20, 0.21, 0.19, 0.45])]
         [False, False, False, True]
     """
-    from scipy.stats import t as student
+    from scipy.special import stdtr  # scipy.stats takes most of a second to load
 
     k = len(scores)
     if k < FEWEST:
@@ -69,6 +69,6 @@ def screen(scores: Sequence[float]) -> tuple[Screened, ...]:
         above = logs[number] - others.mean()
         freedom = _COUNTS + k - 2
         variance = (_COUNTS * _SPREAD**2 + (k - 2) * others.var(ddof=1)) / freedom
-        p_value = min(1.0, k * float(student.sf(above / math.sqrt(variance * k / (k - 1)), freedom)))
+        p_value = min(1.0, k * float(stdtr(freedom, -above / math.sqrt(variance * k / (k - 1)))))
         found.append(Screened(score, math.exp(above), p_value, p_value < _ALPHA, score < floor))
     return tuple(found)

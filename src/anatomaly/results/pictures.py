@@ -132,7 +132,7 @@ def encode_layer(anomaly_map: NDArray[Any], scale: tuple[float, float]) -> bytes
     picture = Image.fromarray(steps)
     picture.putpalette(_COLOURS[shades].tobytes())  # which makes it one of numbered colours
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", transparency=shades.tobytes(), optimize=True)
+    picture.save(buffer, "PNG", transparency=shades.tobytes(), compress_level=4)
     return buffer.getvalue()
 
 
