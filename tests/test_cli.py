@@ -335,7 +335,9 @@ def test_predict_a_folder_against_a_folder_of_normals(run, world, tmp_path):
     words = predict(world, tmp_path / "out", "--images", world / "ph/head_ct/test", "--support", world / "normals")
     code, out, err = run(*words)
     assert (code, err) == (0, "")
-    assert out == f"6 images scored, 0 could not be read. Report: {tmp_path / 'out/report.html'}\n"
+    first, yardstick = out.splitlines()
+    assert first == f"6 images scored, 0 could not be read. Report: {tmp_path / 'out/report.html'}"
+    assert yardstick.startswith("Among themselves the 3 support images score ")
     rows = read_scores(tmp_path / "out/scores.csv")
     assert len(rows) == 6
     assert all(np.isfinite(row["score"]) and row["task"] == "head_ct" for row in rows)
@@ -597,6 +599,7 @@ def test_predict_without_a_model_uses_the_built_in_one(run, refused, world, tmp_
     assert code == 0
     assert "Built-in model: matching on efficientnet_lite0, which learned from no medical image." in out
     assert len(read_scores(tmp_path / "out/scores.csv")) == 1
+    assert re.search(r"the 3 support images score 0\.\d+ to 0\.\d+; 0 of 1 images score higher\.", out)
     assert "needs normal images to compare with. Give --support or --bank." in refused(*words, tmp_path / "other")
 
 

@@ -100,6 +100,13 @@ def run_predict(options: Namespace) -> int:
         print(f"{sum(p <= call.p for p in known)} of {len(known)} images called at {call.name}{cut}.")
     scored = len(summary.predictions) - summary.failed
     print(f"{scored} images scored, {summary.failed} could not be read. Report: {summary.report}")
+    normal = detector.ready().normal_scores
+    if scored and normal:
+        above = sum(each.score > max(normal) for each in summary.predictions if each.error is None)
+        print(
+            f"Among themselves the {len(normal)} support images score {min(normal):.4g} to {max(normal):.4g}; "
+            f"{above} of {scored} images score higher. A rough yardstick: anatomaly calibrate gives p-values."
+        )
     if not scored:
         return fail("no image could be scored; scores.csv says why for each.")
     return 0
