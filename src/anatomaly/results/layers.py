@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anatomaly.results.contours import contour_path
-from anatomaly.results.pictures import encode_layer, encode_picture, thumbnail
+from anatomaly.results.pictures import as_rgb, encode_layer, encode_picture, thumbnail
 from anatomaly.tables import escaped
 from anatomaly.types import Prediction
 
@@ -104,9 +104,7 @@ def _peak(anomaly_map: NDArray[np.float32]) -> str:
 
 def jpeg_uri(image: NDArray[Any], longest: int = LONGEST) -> str:
     """(C, H, W) in [0, 1] as the address of a small picture that holds it whole."""
-    small = np.clip(np.nan_to_num(thumbnail(image, None, longest)), 0.0, 1.0)
-    pixels = np.rint(np.broadcast_to(small, (3, *small.shape[1:])) * 255).astype(np.uint8)
-    return _uri(encode_picture(np.ascontiguousarray(pixels.transpose(1, 2, 0)), kind="JPEG"), "jpeg")
+    return _uri(encode_picture(as_rgb(thumbnail(image, None, longest)), kind="JPEG"), "jpeg")
 
 
 def small_uri(prediction: Prediction) -> str:

@@ -6,7 +6,10 @@ import json
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+
+from anatomaly.scoring import image_score
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,19 +66,9 @@ def marked(
     if p_value is None or p_value > marking.alpha:
         return np.zeros(anomaly_map.shape, np.bool_)
     values = np.nan_to_num(anomaly_map, nan=-np.inf)
-    pooled, top = _pooled(values, marking.scoring), values.max()
+    pooled, top = float(image_score(torch.from_numpy(values[None]), marking.scoring)), values.max()
     cut = marking.threshold * pooled / score if score > 0 else pooled
     return values > cut if cut < top else values == top
-
-
-def _pooled(values: NDArray[np.float32], scoring: Scoring) -> float:
-    """What `scoring.image_score` makes of a map, in numpy and on the source's pixels."""
-    if scoring.pooling == "max":
-        return float(values.max())
-    if scoring.pooling == "mean":
-        return float(values.mean())
-    count = max(1, round(scoring.top_fraction * values.size))
-    return float(np.partition(values, values.size - count, axis=None)[values.size - count :].mean(dtype=np.float64))
 
 
 def rows_with_maps(out: Path) -> Iterator[dict[str, Any]]:

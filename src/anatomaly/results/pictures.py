@@ -102,6 +102,12 @@ def _blend(image: NDArray[Any], anomaly_map: NDArray[Any], scale: tuple[float, f
     return blend
 
 
+def as_rgb(image: NDArray[Any]) -> NDArray[np.uint8]:
+    """(C, H, W) as displayed, in [0, 1], as (H, W, 3) RGB; what is no number is black."""
+    three = np.clip(np.nan_to_num(np.broadcast_to(image, (3, *image.shape[1:]))), 0.0, 1.0)
+    return np.ascontiguousarray(np.rint(three * 255).astype(np.uint8).transpose(1, 2, 0))
+
+
 def encode_picture(pixels: NDArray[np.uint8], *, kind: str) -> bytes:
     """The bytes of a picture file.
 

@@ -7,11 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from anatomaly.results.pictures import encode_picture, overlay, render_map, thumbnail
+from anatomaly.results.pictures import as_rgb, encode_picture, overlay, render_map, thumbnail
 
 if TYPE_CHECKING:
-    from typing import Any
-
     from numpy.typing import NDArray
 
     from anatomaly.data.transforms import Prepared
@@ -38,24 +36,18 @@ def painted(prediction: Prediction, bank: SupportBank, kind: Picture, side: int 
     elif kind == "overlay":
         pixels = overlay(image, heat, bank.map_range)
     else:
-        pixels = _as_bytes(image)
+        pixels = as_rgb(image)
     return pixels if side is None else _fitted(pixels, side)
 
 
 def thumbnail_png(prepared: Prepared) -> str:
     """A normal image as base64 of a PNG, its longest side at most 256 pixels."""
-    return base64_png(_as_bytes(thumbnail(prepared.display, prepared.image.spacing)))
+    return base64_png(as_rgb(thumbnail(prepared.display, prepared.image.spacing)))
 
 
 def base64_png(pixels: NDArray[np.uint8]) -> str:
     """(H, W, 3) RGB as base64 of a PNG."""
     return base64.b64encode(encode_picture(pixels, kind="PNG")).decode("ascii")
-
-
-def _as_bytes(image: NDArray[Any]) -> NDArray[np.uint8]:
-    """(C, H, W) in [0, 1] as (H, W, 3) RGB."""
-    three = np.broadcast_to(image, (3, *image.shape[1:]))
-    return np.ascontiguousarray(np.rint(np.clip(three, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0))
 
 
 def _fitted(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
