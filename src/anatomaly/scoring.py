@@ -207,7 +207,7 @@ def _thinned(anomaly_map: NDArray[Any]) -> NDArray[np.float64]:
 Precision = Literal["fp32", "bf16"]
 #: Images a CPU computes at a time, at most.  PyTorch takes another convolution for one image and, in one thread, for 16
 #: and more, whose last digits differ and are multiplied in what follows; from 2 to 15 it takes one and the same.
-_PART = 8
+_PART = 4
 
 
 class Scored(NamedTuple):

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anatomaly.results.contours import contour_path
-from anatomaly.results.pictures import as_rgb, encode_layer, encode_picture, thumbnail
+from anatomaly.results.pictures import as_shown, encode_layer, encode_picture, thumbnail
 from anatomaly.tables import escaped
 from anatomaly.types import Prediction
 
@@ -104,7 +104,7 @@ def _peak(anomaly_map: NDArray[np.float32]) -> str:
 
 def jpeg_uri(image: NDArray[Any], longest: int = LONGEST) -> str:
     """(C, H, W) in [0, 1] as the address of a small picture that holds it whole."""
-    return _uri(encode_picture(as_rgb(thumbnail(image, None, longest)), kind="JPEG"), "jpeg")
+    return _uri(encode_picture(as_shown(thumbnail(image, None, longest)), kind="JPEG"), "jpeg")
 
 
 def small_uri(prediction: Prediction) -> str:
