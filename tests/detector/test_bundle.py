@@ -19,7 +19,7 @@ from anatomaly.detector.facts import ModelFacts
 from anatomaly.errors import NotReadyError, OutputError, WeightsError
 from anatomaly.methods import METHODS, build_method
 from anatomaly.methods.settings import AttentionSettings
-from anatomaly.types import Intensity, Preprocessing, Scoring, SupportBank
+from anatomaly.types import Intensity, Origin, Preprocessing, Scoring, SupportBank
 
 OWN_FILE = "Smith_Jane_teacher.pth"
 
@@ -448,6 +448,7 @@ def a_bank():
         map_range=(0.1, 1 / 3),
         precision="bf16",
         normal_scores=(0.5, 1 / 3, 0.25),
+        origins=(Origin("DICOM", 512, False, "CT", "0a", 0.5, 3.0), *[Origin("picture", 99, None)] * 2),
     )
 
 
@@ -465,6 +466,7 @@ def test_a_bank_comes_back_as_it_was(tmp_path):
         "shots",
         "digest",
         "normal_scores",
+        "origins",
     ):
         assert getattr(loaded, attribute) == getattr(bank, attribute), attribute
     assert loaded.tensors.keys() == bank.tensors.keys()

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from golden_io import Golden, uniform
 from PIL import Image as Pillow
 
 from anatomaly.data.manifest import Manifest
+from anatomaly.data.origin import MISLEAD
 from anatomaly.detector.bundle import BUILT_IN
 from anatomaly.detector.detector import Detector
 from anatomaly.detector.official import import_checkpoint
@@ -97,6 +99,19 @@ def test_supports_that_show_nothing_are_told_or_refused(make_detector, tmp_path,
     blank = [write_grey(tmp_path / f"blank{grey}.png", np.full((9, 9), grey)) for grey in (3, 4)]
     with pytest.raises(ConfigError, match="one value for all pixels of all 2 images"):
         detector.set_support(blank)
+
+
+def test_a_query_from_elsewhere_carries_a_note_with_a_saved_bank_too(make_detector, supports, tests, tmp_path):
+    detector = make_detector("nearest").set_support(supports)
+    colour = tmp_path / "colour.png"
+    Pillow.fromarray(noise(0, 40, 120).astype(np.uint8).reshape(40, 40, 3)).save(colour)
+    told = [each.note for each in detector.predict([tests[0], colour])]
+    assert told == [None, f"in colour where the support images are grey, {MISLEAD}"]
+    detector.save_support(tmp_path / "bank")
+    detector.load_support(tmp_path / "bank")
+    assert [each.note for each in detector.predict([tests[0], colour])] == told
+    detector.bank = replace(detector.bank, origins=())  # a bank of before
+    assert next(detector.predict([colour])).note is None
 
 
 def test_an_unreadable_support_is_refused(detector, supports, tmp_path):

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from anatomaly.data.contrast import NOTE
+from anatomaly.data.origin import MISLEAD
 from anatomaly.errors import OutputError
 from anatomaly.results.page import write_report
 from anatomaly.results.pictures import render_map
@@ -177,6 +178,13 @@ def test_a_run_of_images_that_show_nothing_says_so_on_top(tmp_path):
     told = "images show hardly any contrast"
     assert f"2 of 3 {told}" in page(tmp_path, *poor, prediction("c.png")).text
     assert told not in page(tmp_path, *poor, prediction("c.png"), prediction("d.png")).text
+
+
+def test_images_from_elsewhere_are_told_on_top(tmp_path):
+    note = f"modality MR where the support images are CT, {MISLEAD}"
+    made = page(tmp_path, prediction("a.png", note=f"dark; {note}"), prediction("b.png"), prediction("c.png"))
+    assert f"1 of 3 images: {note}." in made.text
+    assert MISLEAD not in page(tmp_path, prediction("a.png", note="dark")).text
 
 
 @pytest.mark.parametrize("predictions", [[], [failed("b.png", "b.png: is empty.")]])

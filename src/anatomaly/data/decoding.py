@@ -41,6 +41,8 @@ class Decoded(NamedTuple):
         limits: Lowest and highest finite value of the volume this is a slice of, where the slice has NaN or infinite
             pixels; None for the image's own.
         modality: As in `types.Image`.
+        scanner: As in `types.Origin`.
+        thickness: Likewise.
     """
 
     pixels: NDArray[Any]
@@ -51,6 +53,8 @@ class Decoded(NamedTuple):
     note: str | None = None
     limits: tuple[float, float] | None = None
     modality: str | None = None
+    scanner: str | None = None
+    thickness: float | None = None
 
 
 def limit_decoded(gib: float) -> None:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from anatomaly.data.decoding import Decoded, check_size, pick_frame, usable_spacing
 from anatomaly.data.dicom_source import COLOUR, open_source, stored_pixels
+from anatomaly.data.origin import scanner_digest
 from anatomaly.errors import AnatomalyError, ReadError
 
 if TYPE_CHECKING:
@@ -96,21 +97,27 @@ def _decode(path: Path, frame: int | None, apply_voi: bool) -> Decoded:
         raise ReadError(f"has {samples} samples per pixel, which does not fit {photometric}. Export it again.")
     stored = stored_pixels(path, source, index)
     header = _of_frame(header, index)
-    spacing, wanted_frame = _spacing(header), index if count > 1 else None
-
+    modality = _modality_of(header)
+    told: Any = {
+        "frame": index if count > 1 else None,
+        "spacing": _spacing(header),
+        "modality": modality,
+        "scanner": scanner_digest(header.get("ManufacturerModelName"), header.get("Manufacturer")),
+        "thickness": _thickness(header),
+    }
     if photometric == "PALETTE COLOR":
         rgb = _coloured(stored, header)
-        return Decoded(np.moveaxis(rgb, -1, 0), (0.0, float(np.iinfo(rgb.dtype).max)), wanted_frame, spacing=spacing)
+        return Decoded(np.moveaxis(rgb, -1, 0), (0.0, float(np.iinfo(rgb.dtype).max)), **told)
     if photometric in COLOUR:  # pydicom has already turned YBR into RGB
-        return Decoded(np.moveaxis(stored, -1, 0), _stored_range(header), wanted_frame, spacing=spacing)
+        return Decoded(np.moveaxis(stored, -1, 0), _stored_range(header), **told)
     invert = photometric == "MONOCHROME1" or header.get("PresentationLUTShape") == "INVERSE"
     values, value_range = _modality(_fill_padding(stored, header, bright_is_low=invert), header)
-    note, modality = None, _modality_of(header)
+    note = None
     if apply_voi:
         values, value_range, note = _voi(values, value_range, header)
         if modality == "CT" and note is None and value_range is not None and value_range[0] < 0:  # in Hounsfield units
             note = WINDOWLESS
-    return Decoded(values[None], value_range, wanted_frame, invert, spacing, note, modality=modality)
+    return Decoded(values[None], value_range, invert=invert, note=note, **told)
 
 
 def _modality_of(header: Dataset) -> str | None:
@@ -268,3 +275,9 @@ def _spacing(header: Dataset) -> tuple[float, float] | None:
         if len(values) == 2 and (spacing := usable_spacing(*values)) is not None:
             return spacing
     return None
+
+
+def _thickness(header: Dataset) -> float | None:
+    """Slice thickness in mm; None where the file has none that can be read."""
+    values = _numbers(header, "SliceThickness")[:1]
+    return values[0] if values and usable_spacing(values[0], values[0]) is not None else None

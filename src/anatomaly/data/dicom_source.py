@@ -1,6 +1,7 @@
 """What a DICOM file says of its pixel data, parsed once, and the stored values of one frame.
 
-Only the elements that say how to decode and display the pixels are ever read, so no message can hold patient data.
+Only the elements that say how to decode and display the pixels, and which scanner made them, are ever read, so no
+message can hold patient data.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ _PALETTE_TAGS = [
 _TAGS = [
     "SOPClassUID",
     "Modality",
+    "Manufacturer",
+    "ManufacturerModelName",
     "Rows",
     "Columns",
     "NumberOfFrames",
@@ -54,6 +57,7 @@ _TAGS = [
     "WindowWidth",
     "PixelSpacing",
     "ImagerPixelSpacing",
+    "SliceThickness",
     "SharedFunctionalGroupsSequence",
     "PerFrameFunctionalGroupsSequence",
     "ExtendedOffsetTable",

@@ -32,9 +32,10 @@ from anatomaly.data.decoding import (
     upright,
 )
 from anatomaly.data.dicom_source import begins_without_preamble
+from anatomaly.data.origin import origin_of
 from anatomaly.errors import AnatomalyError, ReadError
 from anatomaly.files import file_digest
-from anatomaly.types import Image, Sample
+from anatomaly.types import Image, Origin, Sample
 
 if TYPE_CHECKING:
     from PIL.ImageFile import ImageFile
@@ -119,6 +120,7 @@ def read_image(path: Path, *, frame: int | None = None, apply_voi: bool = False)
             spacing=_pair(found["spacing"]),
             note=found["note"],
             modality=found["modality"],
+            origin=Origin(*found["origin"]),
         )
 
 
@@ -139,7 +141,7 @@ def answer(request: workers.Request) -> workers.Answer:
         image = _read_here(path, frame=request["frame"], apply_voi=request["apply_voi"])
     except AnatomalyError as err:
         return {"error": type(err).__name__, "message": str(err).removeprefix(f"{path}: ")}, None
-    fields = ("value_range", "sha256", "frame", "invert", "spacing", "note", "modality")
+    fields = ("value_range", "sha256", "frame", "invert", "spacing", "note", "modality", "origin")
     return {name: getattr(image, name) for name in fields}, image.pixels
 
 
@@ -163,7 +165,8 @@ def _count_here(path: Path) -> int:
 
 def _read_here(path: Path, *, frame: int | None, apply_voi: bool) -> Image:
     with reading(path):
-        decoded = fill_gaps(_decode(path, frame, apply_voi))
+        name = _known_format(path)
+        decoded = fill_gaps(_decode(name, path, frame, apply_voi))
         pixels = np.ascontiguousarray(decoded.pixels, np.float32)
         status = path.stat()
         return Image(
@@ -176,6 +179,7 @@ def _read_here(path: Path, *, frame: int | None, apply_voi: bool) -> Image:
             spacing=_pair(decoded.spacing),
             note=decoded.note,
             modality=decoded.modality,
+            origin=origin_of(decoded, name),
         )
 
 
@@ -194,8 +198,9 @@ def read_mask(path: Path, *, frame: int | None = None) -> NDArray[np.bool_]:
         ReadError: As `read_image`.
     """
     with reading(path):
-        decoded = _decode(path, frame, False)
-        if _sniff(path) == "jpeg":
+        name = _known_format(path)
+        decoded = _decode(name, path, frame, False)
+        if name == "jpeg":
             lesion = decoded.pixels > 127
         else:
             lesion = decoded.pixels != (decoded.value_range[1] if decoded.invert and decoded.value_range else 0)
@@ -214,9 +219,9 @@ def read_mask_of(sample: Sample) -> NDArray[np.bool_] | None:
     return read_mask(sample.mask, frame=sample.frame if count_frames(sample.mask) > 1 else None)
 
 
-def _decode(path: Path, frame: int | None, apply_voi: bool) -> Decoded:
-    """What the decoder of a file's format finds, as float32."""
-    decoded = _FORMATS[_known_format(path)].decode(path, frame, apply_voi)
+def _decode(name: str, path: Path, frame: int | None, apply_voi: bool) -> Decoded:
+    """What the decoder of a format finds, as float32."""
+    decoded = _FORMATS[name].decode(path, frame, apply_voi)
     if decoded.pixels.ndim != 3 or len(decoded.pixels) not in (1, 3):
         raise ReadError(f"holds pixels of shape {decoded.pixels.shape}, expected 1 or 3 channels. Convert it.")
     return decoded._replace(pixels=decoded.pixels.astype(np.float32))

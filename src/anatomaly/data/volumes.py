@@ -88,7 +88,15 @@ def decode(path: Path, frame: int | None, _apply_voi: bool) -> Decoded:
     zooms = [float(zoom) for zoom in image.header.get_zooms()[:3]] + [1.0] * 3
     unit = _MM_PER_UNIT.get(image.header.get_xyzt_units()[0], 1.0)
     spacing = usable_spacing(zooms[geometry.stored_axis(1)] * unit, zooms[geometry.stored_axis(0)] * unit)
-    return Decoded(pixels[None], None, index if count > 1 else None, spacing=spacing, limits=limits)
+    thickness = usable_spacing(zooms[axis] * unit, 1.0)
+    return Decoded(
+        pixels[None],
+        None,
+        index if count > 1 else None,
+        spacing=spacing,
+        limits=limits,
+        thickness=None if thickness is None else thickness[0],
+    )
 
 
 def _volume_limits(voxels: NDArray[Any], slope: np.float64, intercept: np.float64) -> tuple[float, float] | None:

@@ -21,6 +21,7 @@ from anatomaly._version import __version__
 from anatomaly.backbones import build_backbone
 from anatomaly.backbones.weights import load_strict, state_digest
 from anatomaly.config import check_intensity, check_preprocessing, check_scoring
+from anatomaly.data.origin import read_origins
 from anatomaly.detector.facts import TEACHERS, ModelFacts, map_range
 from anatomaly.errors import ConfigError, NotReadyError, WeightsError, check, check_words
 from anatomaly.files import parse_json, read_json, require_file, write_whole
@@ -211,6 +212,7 @@ def save_bank(bank: SupportBank, file: Path) -> None:
         "map_range": bank.map_range,
         "precision": bank.precision,
         "normal_scores": bank.normal_scores,
+        "origins": [each._asdict() for each in bank.origins],
     }
     facts["digest"] = _bank_digest(facts, bank.tensors)
     write_tensors(file, bank.tensors, {"bank": json.dumps(facts)})
@@ -240,6 +242,7 @@ def load_bank(file: Path) -> SupportBank:
             map_range=map_range(facts["map_range"], "map_range"),
             precision=facts.get("precision"),
             normal_scores=tuple(facts.get("normal_scores", ())),
+            origins=read_origins(facts.get("origins", ())),
         )
         _check_bank(bank)
         digest = facts.pop("digest", None)  # banks of before have none
@@ -277,6 +280,7 @@ def _check_bank(bank: SupportBank) -> None:
     scores = bank.normal_scores
     finite = all(type(each) is float and math.isfinite(each) for each in scores)
     check("normal_scores", f"{len(scores)} values", finite and len(scores) in (0, bank.shots), f"{bank.shots} numbers")
+    check("origins", f"{len(bank.origins)} images", len(bank.origins) in (0, bank.shots), f"{bank.shots}, or none")
     counts = {len(tensor) if tensor.ndim else 0 for tensor in bank.tensors.values()}
     held = " and ".join(map(str, sorted(counts))) or "no"
     check("tensors", f"{held} images", counts == {bank.shots}, f"{bank.shots}, one for each name")

@@ -13,6 +13,7 @@ import torch
 from anatomaly.config import check_preprocessing, check_scoring
 from anatomaly.data.layouts import rows_of
 from anatomaly.data.loading import load_batches
+from anatomaly.data.origin import note_beside
 from anatomaly.data.readers import read_image
 from anatomaly.data.transforms import resolve_intensity, restore_map
 from anatomaly.detector.bundle import (
@@ -185,8 +186,8 @@ class Detector:
         rule = intensity or self.task_intensity.get(task, self.preprocessing.intensity)
         fixed = resolve_intensity(rule, (read_image(s.path, frame=s.frame) for s in samples))
         preprocessing = replace(self.preprocessing, intensity=fixed)
-        inputs, digests = read_support(samples, preprocessing)
-        tensors, encoded = embed_tensor(self.method, inputs.to(self.device), precision=self.precision)
+        read = read_support(samples, preprocessing)
+        tensors, encoded = embed_tensor(self.method, read.inputs.to(self.device), precision=self.precision)
         map_range = (0.0, 0.5 * len(encoded))  # a fixed guess where a single support leaves nothing to compare with
         scores: list[float] = []
         if len(samples) > 1:
@@ -197,12 +198,13 @@ class Detector:
             tensors=tensors,
             task=task,
             names=tuple(sample.name for sample in samples),
-            sha256=digests,
+            sha256=read.sha256,
             preprocessing=preprocessing,
             model_hash=self.model_hash,
             map_range=map_range,
             precision=self.precision,
             normal_scores=tuple(scores),
+            origins=read.origins,
         )
 
     def _check_takes_support(self) -> None:
@@ -379,7 +381,7 @@ class Detector:
                 image=prepared.display,
                 support_weights=None if weights is None else weights[i],
                 spacing=prepared.image.spacing,
-                note=prepared.image.note,
+                note=note_beside(prepared.image, bank.origins),
                 sha256=f"{prepared.image.sha256}#{sample.frame or 0}",
             )
             for i, (sample, prepared) in enumerate(items)

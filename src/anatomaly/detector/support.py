@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from anatomaly.types import Preprocessing, Sample
+    from anatomaly.types import Origin, Preprocessing, Sample
 
 
 def support_samples(images: Iterable[str | Path | Sample], task: str) -> list[Sample]:
@@ -38,28 +38,40 @@ def support_samples(images: Iterable[str | Path | Sample], task: str) -> list[Sa
     return samples
 
 
-def read_support(samples: Sequence[Sample], preprocessing: Preprocessing) -> tuple[Tensor, tuple[str, ...]]:
+class ReadSupport(NamedTuple):
+    """The images of a support.
+
+    Attributes:
+        inputs: (K, 3, H, W) float32 in [0, 1].
+        sha256: K entries `digest#frame`, as `SupportBank.sha256` has them.
+        origins: Where each comes from.
+    """
+
+    inputs: Tensor
+    sha256: tuple[str, ...]
+    origins: tuple[Origin, ...]
+
+
+def read_support(samples: Sequence[Sample], preprocessing: Preprocessing) -> ReadSupport:
     """Read the images of a support; one line says so where they show next to nothing after their intensity rule.
 
     Args:
         samples: K rows.
         preprocessing: With a fixed intensity rule.
 
-    Returns:
-        (K, 3, H, W) float32 in [0, 1], and K entries `digest#frame` as `SupportBank.sha256` has them.
-
     Raises:
         ReadError: An image cannot be read.
         ConfigError: The same image is given twice, or all are blank.
     """
-    inputs, digests, glances = [], [], []
+    inputs, digests, glances, origins = [], [], [], []
     for sample in samples:
         prepared = load(sample, preprocessing)
         inputs.append(torch.from_numpy(prepared.input))
         digests.append(f"{prepared.image.sha256}#{sample.frame or 0}")
         glances.append(glance(prepared))
+        origins += [prepared.image.origin] if prepared.image.origin is not None else []
     if len(set(digests)) < len(digests):
         twice = next(s.name for s, d in zip(samples, digests, strict=True) if digests.count(d) > 1)
         raise ConfigError(f"support: {twice} is given twice, expected K different images. Remove the copies.")
     tell_supports(samples, glances, preprocessing.intensity)
-    return torch.stack(inputs), tuple(digests)
+    return ReadSupport(torch.stack(inputs), tuple(digests), tuple(origins))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anatomaly.data.contrast import NOTE
+from anatomaly.data.origin import MISLEAD
 from anatomaly.detector.conformal import Call
 from anatomaly.files import write_whole
 from anatomaly.results.cases import GROUPS, Reference, Shared, cases_section, count, is_called
@@ -117,7 +119,7 @@ def _summary(predictions: Sequence[Prediction], scored: Sequence[Prediction], ca
         said += [f"{sum(p.sample.label == k for p in scored)} known to be {GROUPS[k]}" for k in (1, 0)]
     line = "".join(f"<span>{escaped(each)}</span>" for each in said)
     lost = f'<span class="lost">{len(failed)} not scored</span>' if failed else ""
-    return f'<p class="summary">{line}{lost}</p>{_failures(failed)}{_poor(scored)}'
+    return f'<p class="summary">{line}{lost}</p>{_failures(failed)}{_poor(scored)}{_elsewhere(scored)}'
 
 
 def _poor(scored: Sequence[Prediction]) -> str:
@@ -129,6 +131,15 @@ def _poor(scored: Sequence[Prediction]) -> str:
         f'<div class="failures"><p><b>{poor} of {len(scored)} images show hardly any contrast</b> after the intensity '
         "rule. Their scores say nothing. Judge them again with a rule that fits their values (--intensity).</p></div>"
     )
+
+
+def _elsewhere(scored: Sequence[Prediction]) -> str:
+    """In what images differ from the support images: their scores may say that, and nothing else."""
+    notes = Counter(note for p in scored for note in (p.note or "").split("; ") if note.endswith(MISLEAD))
+    lines = "".join(
+        f"<p><b>{number} of {len(scored)} images:</b> {escaped(note)}.</p>" for note, number in sorted(notes.items())
+    )
+    return f'<div class="failures">{lines}</div>' if lines else ""
 
 
 def _failures(failed: Sequence[Prediction]) -> str:

@@ -10,6 +10,7 @@ from anatomaly.types.records import Comparison as Comparison
 from anatomaly.types.records import Features as Features
 from anatomaly.types.records import Image as Image
 from anatomaly.types.records import Method as Method
+from anatomaly.types.records import Origin as Origin
 from anatomaly.types.records import Prediction as Prediction
 from anatomaly.types.records import Sample as Sample
 from anatomaly.types.records import Split as Split

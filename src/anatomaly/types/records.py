@@ -20,6 +20,28 @@ if TYPE_CHECKING:
 Split = Literal["train", "val", "test"]
 
 
+class Origin(NamedTuple):
+    """Where an image comes from, as far as its file says; nothing that identifies anybody.  See `data.origin`.
+
+    Attributes:
+        kind: "picture", "DICOM" or "NIfTI".
+        pixels: Height times width of the source grid.
+        colour: Whether the channels differ; None where that cannot be said.
+        modality: DICOM's word, such as "CT"; None where it says nothing.
+        scanner: Digest of the name of the scanner's model, or of its maker, or None.
+        spacing: Mean size of a pixel in mm, or None.
+        thickness: Thickness of the slice in mm, or None.
+    """
+
+    kind: str
+    pixels: int
+    colour: bool | None = False
+    modality: str | None = None
+    scanner: str | None = None
+    spacing: float | None = None
+    thickness: float | None = None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Image:
     """One 2-D image as stored, before any intensity rule: see `data.readers.read_image`.
@@ -35,6 +57,7 @@ class Image:
         sha256: Hex digest of the whole file.
         note: What to know about the pixels, such as NaN ones that got a value, or None.
         modality: DICOM's word for the kind of scanner, such as "CT"; None where the file does not say.
+        origin: Where it comes from, to be compared with other files.
     """
 
     pixels: NDArray[np.float32]
@@ -46,6 +69,7 @@ class Image:
     spacing: tuple[float, float] | None = None
     note: str | None = None
     modality: str | None = None
+    origin: Origin | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -121,6 +145,7 @@ class SupportBank:
         precision: "fp32" or "bf16" of the tensors, None where the bank's file is too old to say.
         normal_scores: K scores, each of a support judged by the other K - 1: a rough yardstick for the scores of
             queries. Empty where there is one support, or the bank's file is too old to say.
+        origins: Where each of the K images comes from. Empty where the bank's file is too old to say.
     """
 
     tensors: Mapping[str, Tensor]
@@ -132,6 +157,7 @@ class SupportBank:
     map_range: tuple[float, float]
     precision: str | None = None
     normal_scores: tuple[float, ...] = ()
+    origins: tuple[Origin, ...] = ()
 
     @property
     def shots(self) -> int:
