@@ -37,7 +37,7 @@ from anatomaly.backbones.weights import state_digest
 from anatomaly.config import MethodConfig
 from anatomaly.data import workers
 from anatomaly.data.manifest import load_manifest
-from anatomaly.detector.bundle import _digest
+from anatomaly.detector.bundle import digest_of
 from anatomaly.detector.calibrate import calibrate
 from anatomaly.detector.detector import Detector
 from anatomaly.detector.facts import ModelFacts
@@ -258,7 +258,7 @@ def edit_json(file, rng, forged):
     if forged and file.name == "calibration.json":
         with contextlib.suppress(Exception):
             for entry in facts["calibrations"]:
-                entry["digest"] = _digest({key: value for key, value in entry.items() if key != "digest"})
+                entry["digest"] = digest_of({key: value for key, value in entry.items() if key != "digest"})
     file.write_text(json.dumps(facts))
     return what
 

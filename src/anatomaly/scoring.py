@@ -299,9 +299,15 @@ def _weights(comparisons: Sequence[Comparison]) -> Tensor | None:
 
 
 def leave_one_out(
-    method: Method, encoded: Sequence[Tensor], support: Mapping[str, Tensor], *, size: tuple[int, int], scoring: Scoring
-) -> tuple[Tensor, Tensor]:
-    """Maps and scores of the K supports, each judged against the other K - 1.
+    method: Method,
+    encoded: Sequence[Tensor],
+    support: Mapping[str, Tensor],
+    *,
+    size: tuple[int, int],
+    scoring: Scoring,
+    patients: Sequence[int] | None = None,
+) -> Scored:
+    """Maps, scores and weights of the K supports, each judged against those of other patients.
 
     Args:
         method: In eval mode.
@@ -309,13 +315,20 @@ def leave_one_out(
         support: `method.embed_support` of the supports.
         size: (H, W) of the maps.
         scoring: Blur and pooling.
+        patients: K numbers, at least two different ones, equal for images of one patient; without, all differ.
 
     Returns:
-        (K, H, W) and (K,), float32.
+        (K, H, W), (K,) and (K, levels, K), float32; what an image was not compared with has weight 0.
     """
-    judged = []
-    for k in range(len(encoded[0])):
-        others = {name: torch.cat([tensor[:k], tensor[k + 1 :]]) for name, tensor in support.items()}
-        query = [level[k : k + 1] for level in encoded]
-        judged.append(compare_tensor(method, query, others, size=size, scoring=scoring))
-    return torch.cat([each.maps for each in judged]), torch.cat([each.scores for each in judged])
+    numbers = torch.as_tensor(range(len(encoded[0])) if patients is None else patients)
+    judged, weights = [], []
+    for k, number in enumerate(numbers):
+        rest = torch.nonzero(numbers != number)[:, 0].to(encoded[0].device)
+        others = {name: tensor[rest] for name, tensor in support.items()}
+        found = compare_tensor(method, [level[k : k + 1] for level in encoded], others, size=size, scoring=scoring)
+        judged.append(found)
+        if found.weights is not None:
+            whole = found.weights.new_zeros(1, found.weights.shape[1], len(numbers), dtype=torch.float32)
+            weights.append(whole.index_copy(2, rest, found.weights.float()))
+    maps, scores = torch.cat([each.maps for each in judged]), torch.cat([each.scores for each in judged])
+    return Scored(maps, scores, torch.cat(weights) if weights else None)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from anatomaly.backbones import build_backbone
 from anatomaly.backbones.weights import state_digest
 from anatomaly.config import MethodConfig
-from anatomaly.detector.bundle import load_bank, save_bank
+from anatomaly.detector.bank_file import load_bank, save_bank
 from anatomaly.detector.detector import Detector
 from anatomaly.detector.facts import ModelFacts
 from anatomaly.errors import NotReadyError, OutputError, WeightsError
@@ -448,6 +448,8 @@ def a_bank():
         map_range=(0.1, 1 / 3),
         precision="bf16",
         normal_scores=(0.5, 1 / 3, 0.25),
+        patients=(0, 1, 1),
+        attention=(0.5, 0.3, 0.2),
         origins=(Origin("DICOM", 512, False, "CT", "0a", 0.5, 3.0), *[Origin("picture", 99, None)] * 2),
     )
 
@@ -466,6 +468,8 @@ def test_a_bank_comes_back_as_it_was(tmp_path):
         "shots",
         "digest",
         "normal_scores",
+        "patients",
+        "attention",
         "origins",
     ):
         assert getattr(loaded, attribute) == getattr(bank, attribute), attribute
@@ -507,7 +511,7 @@ def test_a_safetensors_file_without_a_banks_facts_is_not_a_bank(tmp_path, metada
 
 
 def test_a_bank_of_a_newer_format_asks_for_an_update(tmp_path, monkeypatch):
-    monkeypatch.setattr("anatomaly.detector.bundle.FORMAT", 2)
+    monkeypatch.setattr("anatomaly.detector.bank_file.FORMAT", 2)
     save_bank(a_bank(), tmp_path / "bank.safetensors")
     monkeypatch.undo()
     with pytest.raises(NotReadyError, match="format 2, expected 1"):

@@ -163,7 +163,7 @@ def test_leave_one_out_judges_each_support_by_the_others(name, make_detector, su
     with torch.inference_mode():
         encoded = encode_tensor(method, inputs)
         support = method.embed_support(method.extract(inputs))
-        maps, judged = leave_one_out(method, encoded, support, size=(64, 96), scoring=scoring)
+        maps, judged, _ = leave_one_out(method, encoded, support, size=(64, 96), scoring=scoring)
         assert maps.shape == (4, 64, 96)
         assert judged.shape == (4,)
         for k in range(4):
@@ -174,6 +174,7 @@ def test_leave_one_out_judges_each_support_by_the_others(name, make_detector, su
 
 
 def test_colour_scale_and_yardstick_come_from_the_supports_judged_by_each_other(detector, supports):
+    supports = [replace(row, patient_id=str(k)) for k, row in enumerate(supports)]
     bank = detector.set_support(supports).bank
     maps, judged = [], []
     for k in range(4):
@@ -184,6 +185,21 @@ def test_colour_scale_and_yardstick_come_from_the_supports_judged_by_each_other(
         judged.append(prediction.score)
     np.testing.assert_allclose(bank.map_range, scale_from_normals(maps), rtol=1e-4)
     np.testing.assert_allclose(bank.normal_scores, judged, rtol=1e-5)
+
+
+def test_supports_are_judged_by_those_of_other_patients(make_detector, supports):
+    detector = make_detector("nearest")
+    rows = [replace(row, patient_id=patient) for row, patient in zip(supports, "abba", strict=True)]
+    bank = detector.make_bank(rows)
+    assert bank.patients == (0, 1, 1, 0)
+    weights = np.zeros((4, 4))
+    for k, others in enumerate(((1, 2), (0, 3), (0, 3), (1, 2))):
+        detector.set_support([rows[i] for i in others])
+        prediction = next(detector.predict(rows[k : k + 1]))
+        assert bank.normal_scores[k] == pytest.approx(prediction.score, rel=1e-5)
+        weights[k, others] = prediction.support_weights.mean(axis=0)
+    assert bank.attention == pytest.approx(weights.mean(axis=0), abs=1e-5)
+    assert sum(bank.attention) == pytest.approx(1)
 
 
 def test_a_lone_support_has_no_yardstick(detector, supports):

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load, save
 
 from anatomaly.backbones.weights import state_digest
-from anatomaly.detector.bundle import save_bank
+from anatomaly.detector.bank_file import save_bank
 from anatomaly.detector.calibrate import calibrate
 from anatomaly.detector.detector import Detector
 from anatomaly.errors import AnatomalyError, NotReadyError, WeightsError
@@ -139,12 +139,12 @@ def test_something_else_in_place_of_a_file_is_refused_and_never_opened(model, na
     ids=str,
 )
 def test_a_calibration_whose_digest_was_made_to_fit_is_refused(model, change):
-    from anatomaly.detector.bundle import _digest
+    from anatomaly.detector.bundle import digest_of
 
     facts = json.loads((model / "calibration.json").read_text())
     entry = {key: value for key, value in facts["calibrations"][0].items() if key != "digest"}
     entry |= {"scores": entry["scores"][:1], "images": entry["images"][:1], **change}
-    facts["calibrations"] = [{**entry, "digest": _digest(entry)}]
+    facts["calibrations"] = [{**entry, "digest": digest_of(entry)}]
     (model / "calibration.json").write_text(json.dumps(facts))
     assert "calibration.json: damaged or changed" in refusal(model, NotReadyError)
 

@@ -51,3 +51,12 @@ def test_of_too_few_images_none_is_the_odd_one():
 def test_equal_and_zero_scores_are_no_alarm():
     assert not any(odd([0.0] * 4))
     assert not any(odd([0.3] * 4))
+
+
+def test_two_images_of_a_patient_are_not_compared_with_each_other():
+    screened = screen([0.2, 0.21, 0.4, 0.41, 0.19], [0, 1, 2, 2, 3])  # a patient of two images hides itself no more
+    assert [one.odd for one in screened] == [False, False, True, True, False]
+    assert not any(odd([0.2, 0.21, 0.4, 0.41, 0.19]))
+    assert screened[2].ratio == pytest.approx(0.4 / (0.2 * 0.21 * 0.19) ** (1 / 3))
+    assert not any(one.odd for one in screen([0.2, 0.21, 0.22, 0.2], [0, 0, 1, 1]))
+    assert not any(one.odd for one in screen([0.2, 0.21, 0.22, 0.2], [0, 1, 1, 1]))  # one other patient, or one image

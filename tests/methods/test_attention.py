@@ -300,7 +300,7 @@ def test_every_support_can_be_left_out(lite0, images):
         bank, encoded = model.embed_support(extracted), model.encode(extracted)
     assert len(bank) == len(encoded)
     assert {len(tensor) for tensor in bank.values()} == {3}
-    maps, _ = leave_one_out(model, encoded, bank, size=(64, 96), scoring=Scoring(blur=0))
+    maps, *_ = leave_one_out(model, encoded, bank, size=(64, 96), scoring=Scoring(blur=0))
     assert maps.shape == (3, 64, 96)
     for k in range(3):
         others = [i for i in range(3) if i != k]

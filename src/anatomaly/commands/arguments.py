@@ -68,7 +68,7 @@ def _precision(options: Namespace) -> Any:
     """What `--precision` comes to, the same on every machine: scores and calibrations depend on it."""
     if options.precision != "auto":
         return options.precision
-    from anatomaly.detector.bundle import load_bank
+    from anatomaly.detector.bank_file import load_bank
 
     if options.get("bank") is not None:
         with suppress(NotReadyError):  # told where the bank is used, if the model takes one

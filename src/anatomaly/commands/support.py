@@ -36,14 +36,18 @@ def run_check(options: Namespace) -> int:
         raise ConfigError(f"support: got {len(rows)} normal images, expected at least {FEWEST} to compare. Add some.")
     detector = load_detector(options)
     bank = detector.set_support(rows, task=options.task, intensity=options.intensity).ready()
-    screened = screen(bank.normal_scores)
+    screened = screen(bank.normal_scores, bank.patients)
     order = sorted(range(len(rows)), key=lambda k: -screened[k].ratio)
+    shares = [f"{share:.0%}" for share in bank.attention] or [""] * len(rows)
     cells = [
-        (bank.names[k], f"{one.score:.4g}", f"{one.ratio:.2f}", f"{one.p_value:.2g}", remark_on(one))
+        (bank.names[k], f"{one.score:.4g}", f"{one.ratio:.2f}", f"{one.p_value:.2g}", shares[k], remark_on(one))
         for k, one in ((k, screened[k]) for k in order)
     ]
-    columns = ("support", "score", "times the others'", "p", "")
-    Table(f"{len(rows)} images, each judged by the others", columns, cells).print()
+    columns = ("support", "score", "times the others'", "p", "share of attention", "")
+    patients = len(set(bank.patients))
+    of = f" of {patients} patients" if patients < len(rows) else ""
+    by = "those of other patients" if of else "the others"
+    Table(f"{len(rows)} images{of}, each judged by {by}", columns, cells).print()
     if not screened[order[0]].odd:
         say("None stands out. A set that is wrong as a whole cannot be told from this.")
         return 0
@@ -57,7 +61,7 @@ def warn_of_odd(bank: SupportBank) -> None:
 
     if bank.shots == 1:
         print("One support image: there is nothing to compare its score with. Give more.", file=sys.stderr)
-    screened = screen(bank.normal_scores)
+    screened = screen(bank.normal_scores, bank.patients)
     odd = [(one.ratio, name) for name, one in zip(bank.names, screened, strict=False) if one.odd]
     if odd:
         ratio, name = max(odd)

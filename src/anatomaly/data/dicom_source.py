@@ -1,11 +1,12 @@
 """What a DICOM file says of its pixel data, parsed once, and the stored values of one frame.
 
-Only the elements that say how to decode and display the pixels, and which scanner made them, are ever read, so no
-message can hold patient data.
+Only the elements that say how to decode and display the pixels, and which scanner made them, are read, so no message
+can hold patient data; `patient_of`, which says which files belong together, returns a digest.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 import struct
 from functools import lru_cache
@@ -166,6 +167,16 @@ def open_source(path: Path) -> Source:
     """
     status = path.stat()
     return _parse(path, status.st_mtime_ns, status.st_size)
+
+
+def patient_of(path: Path) -> str | None:
+    """A digest of a file's PatientID, to group files by and not to be kept; None where it has none that can be read."""
+    try:
+        found = _pydicom().dcmread(path, force=True, stop_before_pixels=True, specific_tags=["PatientID"])
+        name = str(found.get("PatientID") or "").strip()
+    except Exception:  # one of its many ways to refuse a header
+        return None
+    return hashlib.sha256(name.encode()).hexdigest() if name else None
 
 
 @lru_cache(maxsize=4)

@@ -21,11 +21,10 @@ from anatomaly._version import __version__
 from anatomaly.backbones import build_backbone
 from anatomaly.backbones.weights import load_strict, state_digest
 from anatomaly.config import check_intensity, check_preprocessing, check_scoring
-from anatomaly.data.origin import read_origins
-from anatomaly.detector.facts import TEACHERS, ModelFacts, map_range
+from anatomaly.detector.facts import TEACHERS, ModelFacts
 from anatomaly.errors import ConfigError, NotReadyError, WeightsError, check, check_words
-from anatomaly.files import parse_json, read_json, require_file, write_whole
-from anatomaly.types import Calibration, Intensity, Preprocessing, Scoring, SupportBank
+from anatomaly.files import read_json, require_file, write_whole
+from anatomaly.types import Calibration, Intensity, Preprocessing, Scoring
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -114,12 +113,12 @@ def read_bundle(folder: Path) -> tuple[Bundle, str]:
     file = folder / CONFIG
     try:
         facts = read_json(file, finite=False)  # of a training some figures may be none
-        _check_format(facts["format"], str(folder), "bundle")
-        preprocessing, scoring = _preprocessing(facts["preprocessing"]), Scoring(**facts["scoring"])
+        check_format(facts["format"], str(folder), "bundle")
+        preprocessing, scoring = read_preprocessing(facts["preprocessing"]), Scoring(**facts["scoring"])
         rules = {task: Intensity(**rule) for task, rule in dict(facts["task_intensity"]).items()}
         told, weights_hash = ModelFacts.from_dict(facts), facts["weights_hash"]
         check("weights_hash", weights_hash, isinstance(weights_hash, str), "a digest")
-    except _DAMAGED as err:
+    except DAMAGED as err:
         raise NotReadyError(
             f"{folder}: not a model bundle (no usable {CONFIG}). Make one with `anatomaly fit` or `anatomaly import`."
         ) from err
@@ -132,10 +131,10 @@ def read_bundle(folder: Path) -> tuple[Bundle, str]:
 
 
 #: What content of another form than expected leads to.
-_DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError)
+DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
-def _check_format(found: object, where: str, what: str) -> None:
+def check_format(found: object, where: str, what: str) -> None:
     """Ask for an update where a later version wrote the file.
 
     Raises:
@@ -196,96 +195,6 @@ def load_weights(folder: Path, method: Method, *, expected: str) -> None:
         )
 
 
-def save_bank(bank: SupportBank, file: Path) -> None:
-    """Write a support bank to one safetensors file.
-
-    Raises:
-        OutputError: The file cannot be written.
-    """
-    facts = {
-        "format": FORMAT,
-        "task": bank.task,
-        "names": bank.names,
-        "sha256": bank.sha256,
-        "preprocessing": asdict(bank.preprocessing),
-        "model_hash": bank.model_hash,
-        "map_range": bank.map_range,
-        "precision": bank.precision,
-        "normal_scores": bank.normal_scores,
-        "origins": [each._asdict() for each in bank.origins],
-    }
-    facts["digest"] = _bank_digest(facts, bank.tensors)
-    write_tensors(file, bank.tensors, {"bank": json.dumps(facts)})
-
-
-def load_bank(file: Path) -> SupportBank:
-    """Read a support bank; whether its tensors fit a model is for `Detector.accept` to say.
-
-    Raises:
-        NotReadyError: The file is not a support bank, one of a newer format, damaged or changed.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        require_file(file)
-        with safe_open(file, framework="pt") as stream:
-            facts = parse_json((stream.metadata() or {})["bank"])
-            tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118 (not a dict)
-        _check_format(facts["format"], str(file), "bank")
-        bank = SupportBank(
-            tensors=tensors,
-            task=facts["task"],
-            names=tuple(facts["names"]),
-            sha256=tuple(facts["sha256"]),
-            preprocessing=_preprocessing(facts["preprocessing"]),
-            model_hash=facts["model_hash"],
-            map_range=map_range(facts["map_range"], "map_range"),
-            precision=facts.get("precision"),
-            normal_scores=tuple(facts.get("normal_scores", ())),
-            origins=read_origins(facts.get("origins", ())),
-        )
-        _check_bank(bank)
-        digest = facts.pop("digest", None)  # banks of before have none
-        sound = digest is None or digest == _bank_digest(facts, tensors)
-        check("digest", str(digest)[:16], sound, "that of the bank's content")
-    except ConfigError as err:
-        raise NotReadyError(f"{file}: is damaged or was changed ({err}) Make the bank again.") from err
-    except (*_DAMAGED, SafetensorError, RuntimeError) as err:
-        raise NotReadyError(f"{file}: not a support bank. Make one with `anatomaly predict --save_bank FILE`.") from err
-    return bank
-
-
-def _bank_digest(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    return _digest({**facts, "tensors": state_digest(tensors)})
-
-
-def _check_bank(bank: SupportBank) -> None:
-    """Hold what a bank says of itself to what `save_bank` writes.
-
-    Raises:
-        ConfigError: A value is of another type or out of range, or the numbers of images differ.
-    """
-    for name in ("task", "model_hash"):
-        value = getattr(bank, name)
-        check(name, repr(value), isinstance(value, str) and value.isprintable(), "text of one line")
-    for name in ("names", "sha256"):
-        texts = all(isinstance(each, str) for each in getattr(bank, name))
-        check(name, "other values", texts, "a text for every support image")
-    check("precision", bank.precision, bank.precision in ("fp32", "bf16", None), "fp32 or bf16")
-    check_preprocessing(bank.preprocessing)
-    rule = bank.preprocessing.intensity.rule
-    check("preprocessing.intensity.rule", rule, rule != "percentile", "a fixed rule")
-    check("names", f"{bank.shots} images", bank.shots >= 1, "at least 1")
-    check("sha256", f"{len(bank.sha256)} digests", len(bank.sha256) == bank.shots, f"{bank.shots}, one for each name")
-    scores = bank.normal_scores
-    finite = all(type(each) is float and math.isfinite(each) for each in scores)
-    check("normal_scores", f"{len(scores)} values", finite and len(scores) in (0, bank.shots), f"{bank.shots} numbers")
-    check("origins", f"{len(bank.origins)} images", len(bank.origins) in (0, bank.shots), f"{bank.shots}, or none")
-    counts = {len(tensor) if tensor.ndim else 0 for tensor in bank.tensors.values()}
-    held = " and ".join(map(str, sorted(counts))) or "no"
-    check("tensors", f"{held} images", counts == {bank.shots}, f"{bank.shots}, one for each name")
-
-
 def save_calibrations(calibrations: Sequence[Calibration], folder: Path) -> None:
     """Write all calibrations of a bundle, the same bytes for the same calibrations.
 
@@ -293,7 +202,7 @@ def save_calibrations(calibrations: Sequence[Calibration], folder: Path) -> None
         OutputError: The file cannot be written.
     """
     entries = [asdict(each) for each in calibrations]
-    entries = [entry | {"digest": _digest(entry)} for entry in entries]
+    entries = [entry | {"digest": digest_of(entry)} for entry in entries]
     entries.sort(key=lambda entry: (entry["task"], entry["digest"]))
     text = json.dumps({"format": FORMAT, "calibrations": entries}, indent=1, allow_nan=False)
     write_whole(folder / CALIBRATION, (text + "\n").encode())
@@ -308,11 +217,11 @@ def load_calibrations(folder: Path) -> tuple[Calibration, ...]:
     file = folder / CALIBRATION
     try:
         facts = read_json(file)
-        _check_format(facts["format"], str(file), "calibration")
+        check_format(facts["format"], str(file), "calibration")
         return tuple(_calibration(dict(entry)) for entry in facts["calibrations"])
     except FileNotFoundError:
         return ()
-    except (*_DAMAGED, ConfigError) as err:
+    except (*DAMAGED, ConfigError) as err:
         raise NotReadyError(f"{file}: damaged or changed. Remove it and run `anatomaly calibrate` again.") from err
 
 
@@ -324,12 +233,12 @@ def _calibration(entry: dict[str, Any]) -> Calibration:
         KeyError, TypeError, ValueError: It is not what was written.
     """
     digest = entry.pop("digest")
-    written = _digest(entry)  # as it stands there: an earlier version knew fewer settings
+    written = digest_of(entry)  # as it stands there: an earlier version knew fewer settings
     found = Calibration(
         **{
             **entry,
             **{key: tuple(entry[key]) for key in ("scores", "images", "sha256")},
-            "preprocessing": _preprocessing(entry["preprocessing"]),
+            "preprocessing": read_preprocessing(entry["preprocessing"]),
             "scoring": Scoring(**entry["scoring"]),
         }
     )
@@ -348,11 +257,12 @@ def _calibration(entry: dict[str, Any]) -> Calibration:
     return found
 
 
-def _digest(entry: Mapping[str, Any]) -> str:
+def digest_of(entry: Mapping[str, Any]) -> str:
+    """Digest of what is written as JSON."""
     return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()
 
 
-def _preprocessing(facts: Mapping[str, Any]) -> Preprocessing:
+def read_preprocessing(facts: Mapping[str, Any]) -> Preprocessing:
     """Rebuild a `Preprocessing` from its JSON form; `check_preprocessing` says whether it can be used."""
     height, width = facts["size"]
     return Preprocessing(

@@ -14,17 +14,17 @@ from anatomaly.config import check_preprocessing, check_scoring
 from anatomaly.data.layouts import rows_of
 from anatomaly.data.loading import load_batches
 from anatomaly.data.origin import note_beside
+from anatomaly.data.patients import patient_groups
 from anatomaly.data.readers import read_image
 from anatomaly.data.transforms import resolve_intensity, restore_map
+from anatomaly.detector.bank_file import load_bank, save_bank
 from anatomaly.detector.bundle import (
     BUILT_IN,
     Bundle,
-    load_bank,
     load_calibrations,
     load_teacher,
     load_weights,
     read_bundle,
-    save_bank,
     save_bundle,
     save_calibrations,
 )
@@ -32,10 +32,10 @@ from anatomaly.detector.checks import check_bank, check_model
 from anatomaly.detector.conformal import beside, best_fit, with_p_value
 from anatomaly.detector.device import choose_device
 from anatomaly.detector.facts import TEACHERS, model_hash
-from anatomaly.detector.support import read_support, support_samples
+from anatomaly.detector.support import judge_each_other, read_support, support_samples
 from anatomaly.errors import ConfigError, NotReadyError
 from anatomaly.methods import build_method
-from anatomaly.scoring import compare_tensor, embed_tensor, encode_tensor, leave_one_out, scale_from_normals
+from anatomaly.scoring import compare_tensor, embed_tensor, encode_tensor
 from anatomaly.types import Calibration, Intensity, Prediction, Preprocessing, Scoring, SupportBank
 
 if TYPE_CHECKING:
@@ -188,12 +188,8 @@ class Detector:
         preprocessing = replace(self.preprocessing, intensity=fixed)
         read = read_support(samples, preprocessing)
         tensors, encoded = embed_tensor(self.method, read.inputs.to(self.device), precision=self.precision)
-        map_range = (0.0, 0.5 * len(encoded))  # a fixed guess where a single support leaves nothing to compare with
-        scores: list[float] = []
-        if len(samples) > 1:
-            size = self.preprocessing.size
-            maps, normal = leave_one_out(self.method, encoded, tensors, size=size, scoring=self.scoring)
-            map_range, scores = scale_from_normals(list(maps.cpu().numpy())), normal.tolist()
+        size, patients = self.preprocessing.size, patient_groups(samples)
+        own = judge_each_other(self.method, encoded, tensors, size=size, scoring=self.scoring, patients=patients)
         return SupportBank(
             tensors=tensors,
             task=task,
@@ -201,9 +197,11 @@ class Detector:
             sha256=read.sha256,
             preprocessing=preprocessing,
             model_hash=self.model_hash,
-            map_range=map_range,
+            map_range=own.map_range,
             precision=self.precision,
-            normal_scores=tuple(scores),
+            normal_scores=own.normal_scores,
+            patients=patients,
+            attention=own.attention,
             origins=read.origins,
         )
 

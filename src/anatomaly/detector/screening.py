@@ -1,4 +1,4 @@
-"""Find the support image that does not belong: every one judged by the others.
+"""Find the support image that does not belong: every one judged by those of other patients.
 
 Scores of normal images of one kind differ by a factor, so their logarithms are compared: each with the mean of the
 others, in units of a spread to which the others' own and the usual one of kinds of images both contribute (a moderated
@@ -28,7 +28,7 @@ class Screened(NamedTuple):
     """One support beside the others.
 
     Attributes:
-        score: Its image score, judged by the other K - 1.
+        score: Its image score, judged by the others.
         ratio: That score over the geometric mean of the others'.
         p_value: Of K supports that all belong, how often at least one would stand out so much.
         odd: Whether it stands out, at 5 %.
@@ -42,11 +42,12 @@ class Screened(NamedTuple):
     twin: bool
 
 
-def screen(scores: Sequence[float]) -> tuple[Screened, ...]:
-    """Say of every support whether it stands out.
+def screen(scores: Sequence[float], patients: Sequence[int] = ()) -> tuple[Screened, ...]:
+    """Say of every support whether it stands out among those of other patients.
 
     Args:
         scores: `SupportBank.normal_scores`: K, each of a support judged by the others, at least 0.
+        patients: `SupportBank.patients`; without, all are of different ones.
 
     Returns:
         One entry per score; none where there are fewer than `FEWEST`.
@@ -64,11 +65,12 @@ def screen(scores: Sequence[float]) -> tuple[Screened, ...]:
     floor = _TWIN * max(float(np.median(values)), 1e-12)
     logs = np.log(np.maximum(values, floor))  # or a pair of twins would hide everything else
     found = []
+    numbers = np.asarray(patients or range(k))
     for number, score in enumerate(values.tolist()):
-        others = np.delete(logs, number)
-        above = logs[number] - others.mean()
-        freedom = _COUNTS + k - 2
-        variance = (_COUNTS * _SPREAD**2 + (k - 2) * others.var(ddof=1)) / freedom
-        p_value = min(1.0, k * float(stdtr(freedom, -above / math.sqrt(variance * k / (k - 1)))))
+        others = logs[numbers != numbers[number]]
+        n, above = len(others), logs[number] - others.mean()
+        freedom = _COUNTS + n - 1
+        variance = (_COUNTS * _SPREAD**2 + ((others - others.mean()) ** 2).sum()) / freedom
+        p_value = min(1.0, k * float(stdtr(freedom, -above / math.sqrt(variance * (n + 1) / n))))
         found.append(Screened(score, math.exp(above), p_value, p_value < _ALPHA, score < floor))
     return tuple(found)

@@ -1,4 +1,4 @@
-"""The files of a support: which are refused, and how they become the network's input."""
+"""The images of a support: which are refused, how they become the network's input, and what they say of each other."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from anatomaly.data.layouts import rows_of
 from anatomaly.data.support_range import glance, tell_supports
 from anatomaly.data.transforms import load
 from anatomaly.errors import ConfigError
+from anatomaly.scoring import leave_one_out, scale_from_normals
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
 
-    from anatomaly.types import Origin, Preprocessing, Sample
+    from anatomaly.types import Method, Origin, Preprocessing, Sample, Scoring
 
 
 def support_samples(images: Iterable[str | Path | Sample], task: str) -> list[Sample]:
@@ -50,6 +51,37 @@ class ReadSupport(NamedTuple):
     inputs: Tensor
     sha256: tuple[str, ...]
     origins: tuple[Origin, ...]
+
+
+class Yardstick(NamedTuple):
+    """What supports say of each other.
+
+    Attributes:
+        map_range: As in `SupportBank`; likewise the others.
+        normal_scores: Of each.
+        attention: Of each.
+    """
+
+    map_range: tuple[float, float]
+    normal_scores: tuple[float, ...] = ()
+    attention: tuple[float, ...] = ()
+
+
+def judge_each_other(
+    method: Method,
+    encoded: Sequence[Tensor],
+    tensors: Mapping[str, Tensor],
+    *,
+    size: tuple[int, int],
+    scoring: Scoring,
+    patients: Sequence[int],
+) -> Yardstick:
+    """Judge each support by those of other patients; arguments as in `scoring.leave_one_out`, K may be 1."""
+    if len(patients) == 1:
+        return Yardstick((0.0, 0.5 * len(encoded)))  # a fixed guess: nothing is left to compare with
+    found = leave_one_out(method, encoded, tensors, size=size, scoring=scoring, patients=patients)
+    attention = [] if found.weights is None else (found.weights.mean(dim=(0, 1))).tolist()
+    return Yardstick(scale_from_normals(list(found.maps.cpu().numpy())), tuple(found.scores.tolist()), tuple(attention))
 
 
 def read_support(samples: Sequence[Sample], preprocessing: Preprocessing) -> ReadSupport:

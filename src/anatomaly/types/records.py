@@ -143,8 +143,12 @@ class SupportBank:
         model_hash: Digest of the teacher's and the student's weights that made the tensors.
         map_range: (low, high) of the fixed colour scale, from the supports' own leave-one-out maps.
         precision: "fp32" or "bf16" of the tensors, None where the bank's file is too old to say.
-        normal_scores: K scores, each of a support judged by the other K - 1: a rough yardstick for the scores of
-            queries. Empty where there is one support, or the bank's file is too old to say.
+        normal_scores: K scores, each of a support judged by those of other patients: a rough yardstick for the scores
+            of queries. Empty where there is one support, or the bank's file is too old to say.
+        patients: K numbers, equal for images that are known to be of one patient. Empty where the bank's file is too
+            old to say.
+        attention: K shares that sum to 1: how much of the matches of the other supports falls on this one. Empty like
+            `normal_scores`, and where the method has no weights.
         origins: Where each of the K images comes from. Empty where the bank's file is too old to say.
     """
 
@@ -157,6 +161,8 @@ class SupportBank:
     map_range: tuple[float, float]
     precision: str | None = None
     normal_scores: tuple[float, ...] = ()
+    patients: tuple[int, ...] = ()
+    attention: tuple[float, ...] = ()
     origins: tuple[Origin, ...] = ()
 
     @property
