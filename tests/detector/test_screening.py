@@ -1,5 +1,7 @@
 """Supports judged by one another: a foreign one stands out, twins are told, normal spread is not."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -59,4 +61,4 @@ def test_two_images_of_a_patient_are_not_compared_with_each_other():
     assert not any(odd([0.2, 0.21, 0.4, 0.41, 0.19]))
     assert screened[2].ratio == pytest.approx(0.4 / (0.2 * 0.21 * 0.19) ** (1 / 3))
     assert not any(one.odd for one in screen([0.2, 0.21, 0.22, 0.2], [0, 0, 1, 1]))
-    assert not any(one.odd for one in screen([0.2, 0.21, 0.22, 0.2], [0, 1, 1, 1]))  # one other patient, or one image
+    assert screen([0.2, 0.3, 0.4, 0.6], [0, 0, 1, 1])[3].ratio == pytest.approx(0.6 / math.sqrt(0.06))

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 def export_arguments(parser: ArgumentParser) -> None:
     """Options of `export`."""
+    from typing import Literal
+
     parser.add_argument("--model", type=str | None, help="Folder made by fit or import. Without: the built-in model.")
     support_arguments(parser)
     parser.add_argument("--support_input", type=bool, default=False, help="Make the support images an input.")
@@ -30,7 +32,8 @@ def export_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--global_teacher.weights", type=str | None, default=None, help="Of the model's second one.")
     parser.add_argument("--teacher.blocks", type=tuple[int, ...] | None, default=None, help="See fit --help_all.")
     parser.add_argument("--size", type=int, nargs=2, default=None, help="Of a teacher alone: height and width, 256.")
-    parser.add_argument("--out", type=str, required=True, help="File to write, such as model.onnx.")
+    parser.add_argument("--format", type=Literal["onnx", "monai"], default="onnx", help="A file, or a MONAI bundle.")
+    parser.add_argument("--out", type=str, required=True, help="File to write, such as model.onnx; monai: a folder.")
 
 
 def run_export(options: Namespace) -> int:
@@ -42,6 +45,8 @@ def run_export(options: Namespace) -> int:
         return _export_model(options)
     if given:
         raise ConfigError(f"export: --teacher.name exports a teacher alone. Leave out --{given[0]}.")
+    if options.format == "monai":
+        raise ConfigError("export: a MONAI bundle is of a whole model. Leave out --teacher.name or --format.")
     from anatomaly.backbones import build_backbone
     from anatomaly.backbones.export import export_teacher
 
@@ -64,6 +69,8 @@ def _export_model(options: Namespace) -> int:
     check_support_options(options, "export")
     if options.support_input and options.support is None:
         raise ConfigError("export: --support_input needs the images themselves. Give --support.")
+    if options.support_input and options.format == "monai":
+        raise ConfigError("export: a MONAI bundle has its support inside. Leave out --support_input.")
     if options.images is None and options.support is None:
         raise ConfigError("export: got no images to compare on. Give --images, some files like those to be judged.")
     tell_wait(f"Loading {options.model or 'the built-in model'}; this takes some seconds.")
@@ -72,6 +79,7 @@ def _export_model(options: Namespace) -> int:
     from anatomaly.detector.bundle import BUILT_IN
     from anatomaly.detector.detector import Detector
     from anatomaly.detector.export import export_model
+    from anatomaly.detector.monai_bundle import export_monai
 
     check_packages()
     weights = {
@@ -96,7 +104,10 @@ def _export_model(options: Namespace) -> int:
         images = [each[..., ::-1].copy() for each in supports]
     else:
         images = [load(row, preprocessing).input for row in manifest_of(options.images, options.task).samples]
-    done = export_model(detector, Path(options.out), images, support=supports if options.support_input else None)
+    if options.format == "monai":
+        done = export_monai(detector, Path(options.out), images)
+    else:
+        done = export_model(detector, Path(options.out), images, support=supports if options.support_input else None)
     say(
         f"{done.file}: on {done.images} images onnxruntime is within {done.score_difference:.1e} of a score and "
         f"{done.map_difference:.1e} of the highest map value. How images are prepared: {done.file}.json"

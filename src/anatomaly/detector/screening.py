@@ -1,8 +1,8 @@
 """Find the support image that does not belong: every one judged by those of other patients.
 
 Scores of normal images of one kind differ by a factor, so their logarithms are compared: each with the mean of the
-others, in units of a spread to which the others' own and the usual one of kinds of images both contribute (a moderated
-t-test, corrected for the number of supports).  `benchmarks/support_screening.py` measures what it finds.
+other patients' means, in units of a spread to which the others' own and the usual one of kinds of images both
+contribute (a moderated t-test, corrected for the number of supports).  `benchmarks/support_screening.py` measures what it finds.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def screen(scores: Sequence[float], patients: Sequence[int] = ()) -> tuple[Scree
     found = []
     numbers = np.asarray(patients or range(k))
     for number, score in enumerate(values.tolist()):
-        others = logs[numbers != numbers[number]]
+        others = np.array([logs[numbers == each].mean() for each in set(numbers) - {numbers[number]}])
         n, above = len(others), logs[number] - others.mean()
         freedom = _COUNTS + n - 1
         variance = (_COUNTS * _SPREAD**2 + ((others - others.mean()) ** 2).sum()) / freedom
