@@ -3,14 +3,18 @@
 import io
 import json
 import os
+import re
+import shlex
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 ORTHANC = shutil.which("Orthanc") or shutil.which("Orthanc", path="/usr/sbin")
 PLUGIN = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
@@ -221,3 +225,36 @@ def test_a_result_that_cannot_be_written_is_told_and_the_verdict_is_not_lost(con
     answer = service.post(url, json={"study": STUDY, "series": SERIES, "push": True})
     assert (answer.status_code, answer.json()["judged"], answer.json()["pushed"]) == (200, 3, 0)
     assert answer.json()["error"] == f"{SERIES}.1: has no StudyID."
+
+
+def test_the_walk_of_the_page_ends_with_a_segmentation_in_the_study(orthanc, tmp_path, monkeypatch, capsys):
+    """docs/clinic.md from top to bottom; only the address is another, and the login stands in a netrc file."""
+    pytest.importorskip("highdicom")
+    from anatomaly import cli
+
+    text = (Path(__file__).parents[2] / "docs/clinic.md").read_text("utf-8").partition("## What is written")[0]
+    found = re.findall(r"^```(bash|python)\n(.*?)^```", text, flags=re.S | re.M)
+    walk = [(language, block) for language, block in found if "install" not in block]
+    assert [language for language, _ in walk] == ["bash"] * 6 + ["python"]
+    host, login = orthanc.removeprefix("http://"), tmp_path / "netrc"
+    login.write_text(f"machine {host.partition(':')[0]} login me password secret")
+    login.chmod(0o600)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NETRC", str(login))
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    for language, block in walk:
+        block = block.replace("localhost:8042", host)
+        if block.startswith("anatomaly "):
+            assert cli.main(shlex.split(block)[1:]) == 0, capsys.readouterr().err
+        elif language == "bash":
+            subprocess.run(["bash", "-euo", "pipefail", "-c", block], check=True, capture_output=True)
+        else:
+            capsys.readouterr()
+            space = {"__name__": "page"}
+            exec(compile(block, "clinic.md", "exec"), space)
+    assert capsys.readouterr().out.startswith("5 objects in the study; ")
+    mask = next(Path("phantom/head_ct").rglob("masks/*p0020_0*"))
+    truth = np.asarray(Image.open(mask)) > 0
+    assert space["marked"].shape == truth.shape
+    assert (space["marked"] & truth).sum() > 0.3 * truth.sum()
+    assert Path("marked.png").is_file()

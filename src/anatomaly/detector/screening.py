@@ -2,7 +2,8 @@
 
 Scores of normal images of one kind differ by a factor, so their logarithms are compared: each with the mean of the
 other patients' means, in units of a spread to which the others' own and the usual one of kinds of images both
-contribute (a moderated t-test, corrected for the number of supports).  `benchmarks/support_screening.py` measures what it finds.
+contribute (a moderated t-test, corrected for the number of supports).  `benchmarks/support_screening.py` measures what
+it finds.
 """
 
 from __future__ import annotations
