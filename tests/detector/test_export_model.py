@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
@@ -72,11 +73,13 @@ def test_onnxruntime_scores_as_the_detector_in_any_batch(name, made, files, tmp_
         assert np.abs(maps - expected.maps[part].numpy()).max() < 1e-3 * expected.maps.max()
 
 
-def test_the_support_may_be_an_input(made, files, tmp_path):
+def test_the_support_may_be_an_input(made, files, tmp_path, monkeypatch):
     detector = made("matching")
+    monkeypatch.setattr(export, "_compare_openvino", lambda content, given, named, scores: float(scores.sum()))
     images = inputs(detector, files)
     done = export_model(detector, tmp_path / "model.onnx", images[3:], support=images[:3])
     assert done.facts["inputs"]["support"] == [3, 3, 64, 64]
+    assert done.openvino_difference == pytest.approx(sum(each.score for each in detector.predict(files[3:])), rel=1e-3)
     detector.set_support(files[3:6])
     expected = detector.compare(detector.encode(images[6:]), detector.ready()).scores
     _, scores = run(done.file, images[6:], support=np.stack(images[3:6]))
@@ -89,6 +92,25 @@ def test_a_file_that_disagrees_is_not_written(made, files, tmp_path, monkeypatch
     with pytest.raises(OutputError, match=r"not written: onnxruntime differs from the model by 2\.0e-02 of a score"):
         export_model(detector, tmp_path / "model.onnx", inputs(detector, files[3:]))
     assert not list(tmp_path.iterdir())
+
+
+def test_openvino_is_compared_where_it_is_installed(monkeypatch):
+    class Core:
+        def read_model(self, content, weights):
+            return content
+
+        def compile_model(self, model, device, hints):
+            assert (model, device, hints) == (b"model", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+            return lambda given: {"score": given["images"].mean(axis=(1, 2, 3))}
+
+    images = [np.full((3, 8, 8), value, np.float32) for value in range(1, 11)]
+    true = np.arange(1, 11) * np.array([1.1] + [1] * 9)
+    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=Core))
+    assert export._compare_openvino(b"model", images, {}, true) == pytest.approx(0.1 / 1.1)
+    monkeypatch.setattr(Core, "read_model", lambda *_: exec("raise RuntimeError"))
+    assert np.isnan(export._compare_openvino(b"model", images, {}, true))
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    assert export._compare_openvino(b"model", images, {}, true) is None
 
 
 def test_agreement_is_of_scores_maps_and_ranks():

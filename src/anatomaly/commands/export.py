@@ -108,8 +108,12 @@ def _export_model(options: Namespace) -> int:
         done = export_monai(detector, Path(options.out), images)
     else:
         done = export_model(detector, Path(options.out), images, support=supports if options.support_input else None)
+    openvino = done.openvino_difference
+    beside = "" if openvino is None else f" OpenVINO is within {openvino:.1e} of a score."
+    if openvino != openvino:  # NaN
+        beside = " OpenVINO cannot run it."
     say(
         f"{done.file}: on {done.images} images onnxruntime is within {done.score_difference:.1e} of a score and "
-        f"{done.map_difference:.1e} of the highest map value. How images are prepared: {done.file}.json"
+        f"{done.map_difference:.1e} of the highest map value.{beside} How images are prepared: {done.file}.json"
     )
     return 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,8 @@ class ExportedModel:
         images: Number of images it was compared on.
         score_difference: Largest difference of a score between onnxruntime and the detector, as a share of the score.
         map_difference: Largest difference of a pixel, as a share of the highest value of all maps.
+        openvino_difference: As `score_difference`, of OpenVINO; NaN where it cannot run the file, None where it is not
+            installed.
     """
 
     file: Path
@@ -56,6 +59,7 @@ class ExportedModel:
     images: int
     score_difference: float
     map_difference: float
+    openvino_difference: float | None = None
 
 
 class _Chain(nn.Module):
@@ -158,9 +162,10 @@ def export_model(
     score, pixel = check_agreement(file, found, expected)
     facts["compared"] = {"images": len(images), "score_difference": score, "map_difference": pixel}
     content = _described(model, facts)
+    openvino = _compare_openvino(content, images, given, expected[1])
     write_whole(file, content)
     write_whole(file.with_name(f"{file.name}.json"), json.dumps(facts, indent=2) + "\n")
-    return ExportedModel(file, facts, len(images), score, pixel)
+    return ExportedModel(file, facts, len(images), score, pixel, openvino)
 
 
 def _facts(detector: Detector, given: Mapping[str, NDArray[np.float32]]) -> dict[str, Any]:
@@ -216,6 +221,27 @@ def _run(
     found = [session.run(list(_OUTPUTS), {"images": part, **given}) for part in parts]
     maps, scores = (np.concatenate(each) for each in zip(*found, strict=True))
     return maps, scores
+
+
+def _compare_openvino(
+    content: bytes,
+    images: Sequence[NDArray[np.float32]],
+    given: Mapping[str, NDArray[np.float32]],
+    expected: NDArray[Any],
+) -> float | None:
+    """`ExportedModel.openvino_difference`, in fp32 on the CPU."""
+    try:
+        import openvino
+    except ImportError:
+        return None
+    try:
+        core = openvino.Core()
+        compiled = core.compile_model(core.read_model(content, b""), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        parts = [np.stack(images[start : start + _PART]) for start in range(0, len(images), _PART)]
+        scores = np.concatenate([compiled({"images": part, **given})["score"] for part in parts])
+    except RuntimeError:  # an operator that it lacks
+        return math.nan
+    return _largest(np.abs(scores - expected), np.abs(expected))
 
 
 def check_agreement(
