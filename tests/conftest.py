@@ -1,6 +1,7 @@
 """Shared fixtures: the offline teacher, and models filled with the golden weights."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -24,6 +25,19 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def real_data():
     return REAL
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A Chromium of the system, driven by playwright; what needs it is skipped without."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("no Chromium on this system")
+    with playwright.sync_playwright() as started:
+        running = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield running
+        running.close()
 
 
 @pytest.fixture(scope="session")

@@ -438,7 +438,7 @@ def test_unreadable_images_are_rows_and_end_nothing(run, world, tmp_path):
     write_png(tmp_path / "in/dot.png", size=(1, 1))
     code, out, err = run(*predict(world, tmp_path / "out", "--images", tmp_path / "in", "--support", world / "normals"))
     assert (code, err) == (0, "")
-    assert out.startswith("1 images scored, 3 could not be read.")
+    assert out.startswith("1 image scored, 3 could not be read.")
     rows = {Path(row["path"]).name: row for row in read_scores(tmp_path / "out/scores.csv")}
     assert {name for name, row in rows.items() if row["status"] == "error"} == {"short.png", "empty.dcm", "dot.png"}
     assert "0 bytes" in rows["empty.dcm"]["error"]

@@ -50,6 +50,25 @@ def test_csv_accepts_byte_order_mark_semicolons_and_mask_path(folder):
     ]
 
 
+@pytest.mark.parametrize(
+    ("header", "told"),
+    [
+        ("path,lable", ["column lable is not read. Is it meant to be label?"]),
+        ("path,Labels", ["column labels is not read. Is it meant to be label?"]),
+        ("path,patient id", ["column patient id is not read. Is it meant to be patient_id?"]),
+        ("path,label,labels", []),
+        ("path,mask_path,masks", []),
+        ("path,source,age,diagnosis,name", []),
+    ],
+)
+def test_a_column_that_is_nearly_one_of_ours_is_told(folder, header, told, caplog):
+    line = ",".join(["a.png", *[""] * header.count(",")])
+    (folder / "t.csv").write_text(f"{header}\n{line}\n")
+    (folder / "a.png").write_bytes(b"x")
+    load_manifest(folder / "t.csv")
+    assert [record.getMessage().partition(": ")[2] for record in caplog.records] == told
+
+
 def test_csv_reads_what_pandas_writes_for_columns_with_gaps(folder):
     path = write(folder, "path,label,frame\na.png,1.0,2.0\nb.png,0.0,\nc.png,,0.0\n")
     assert [(s.label, s.frame) for s in load_manifest(path)] == [(1, 2), (0, None), (None, 0)]

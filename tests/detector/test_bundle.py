@@ -449,7 +449,7 @@ def a_bank():
         precision="bf16",
         normal_scores=(0.5, 1 / 3, 0.25),
         patients=(0, 1, 1),
-        attention=(0.5, 0.3, 0.2),
+        attention_shares=(0.5, 0.3, 0.2),
         origins=(Origin("DICOM", 512, False, "CT", "0a", 0.5, 3.0), *[Origin("picture", 99, None)] * 2),
     )
 
@@ -469,7 +469,7 @@ def test_a_bank_comes_back_as_it_was(tmp_path):
         "digest",
         "normal_scores",
         "patients",
-        "attention",
+        "attention_shares",
         "origins",
     ):
         assert getattr(loaded, attribute) == getattr(bank, attribute), attribute

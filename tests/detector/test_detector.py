@@ -198,8 +198,8 @@ def test_supports_are_judged_by_those_of_other_patients(make_detector, supports)
         prediction = next(detector.predict(rows[k : k + 1]))
         assert bank.normal_scores[k] == pytest.approx(prediction.score, rel=1e-5)
         weights[k, others] = prediction.support_weights.mean(axis=0)
-    assert bank.attention == pytest.approx(weights.mean(axis=0), abs=1e-5)
-    assert sum(bank.attention) == pytest.approx(1)
+    assert bank.attention_shares == pytest.approx(weights.mean(axis=0), abs=1e-5)
+    assert sum(bank.attention_shares) == pytest.approx(1)
 
 
 def test_a_lone_support_has_no_yardstick(detector, supports):

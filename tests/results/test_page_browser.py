@@ -4,7 +4,6 @@ It needs the package playwright and a Chromium of the system (Debian: apt-get in
 """
 
 import re
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,11 +13,6 @@ import pytest
 from anatomaly.detector.conformal import Call
 from anatomaly.results.page import write_report
 from anatomaly.types import Prediction, Sample
-
-playwright = pytest.importorskip("playwright.sync_api")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-if CHROMIUM is None:
-    pytest.skip("no Chromium on this system", allow_module_level=True)
 
 
 def prediction(name, score, *, label=None, p_value=None, size=(120, 90)):
@@ -35,14 +29,6 @@ RUN = (
     prediction("b9.png", 4.0, label=0, p_value=0.2),
     prediction("a.png", 3.0, label=1, p_value=0.1),
 )
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from calls import files
 
 pytest.importorskip("fastapi")
 pytest.importorskip("httpx")
@@ -53,10 +54,6 @@ def client(nearest):
 def service(client):
     with client() as running:
         yield running
-
-
-def files(field, pictures):
-    return [(field, picture) for picture in pictures]
 
 
 @pytest.fixture

@@ -7,22 +7,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from calls import error_of, files
 from PIL import Image
 
 from anatomaly.service.desk import Desk
 from anatomaly.service.limits import Limits
 from anatomaly.service.uploads import display_name
-
-
-def files(field, pictures):
-    return [(field, picture) for picture in pictures]
-
-
-def error_of(answer, status):
-    assert answer.status_code == status, answer.text
-    line = answer.json()["error"]
-    assert line and "\n" not in line
-    return line
 
 
 @pytest.fixture

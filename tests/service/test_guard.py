@@ -9,19 +9,9 @@ import zlib
 
 import numpy as np
 import pytest
+from calls import error_of, files
 
 from anatomaly.service.limits import Limits
-
-
-def files(field, pictures):
-    return [(field, picture) for picture in pictures]
-
-
-def error_of(answer, status):
-    assert answer.status_code == status, answer.text
-    line = answer.json()["error"]
-    assert line and "\n" not in line
-    return line
 
 
 @pytest.mark.parametrize("host", ["localhost:8000", "LOCALHOST", "127.0.0.1:8000", "[::1]:8000"])

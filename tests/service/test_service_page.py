@@ -3,25 +3,13 @@
 It needs the package playwright and a Chromium of the system (Debian: apt-get install chromium); nothing is downloaded.
 """
 
-import shutil
 import threading
 import time
 
 import pytest
 
 playwright = pytest.importorskip("playwright.sync_api")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-if CHROMIUM is None:
-    pytest.skip("no Chromium on this system", allow_module_level=True)
 TOKEN = "a-token-of-24-characters"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

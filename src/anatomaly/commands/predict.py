@@ -49,6 +49,7 @@ def run_predict(options: Namespace) -> int:
     samples = manifest_of(options.images, options.task).samples
 
     from anatomaly.data.transforms import load
+    from anatomaly.results.cases import count
     from anatomaly.results.folder import predict_to_folder  # takes seconds to load
 
     supports = [] if options.support is None else support_rows(options.support, options.task, options.shots)
@@ -99,7 +100,7 @@ def run_predict(options: Namespace) -> int:
         cut = f" (p <= {call.p:.3g})" if call.p > 0 else ""
         print(f"{sum(p <= call.p for p in known)} of {len(known)} images called at {call.name}{cut}.")
     scored = len(summary.predictions) - summary.failed
-    print(f"{scored} images scored, {summary.failed} could not be read. Report: {summary.report}")
+    print(f"{count(scored, 'image')} scored, {summary.failed} could not be read. Report: {summary.report}")
     normal = detector.ready().normal_scores
     if scored and normal:
         above = sum(each.score > max(normal) for each in summary.predictions if each.error is None)

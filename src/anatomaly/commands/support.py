@@ -38,7 +38,7 @@ def run_check(options: Namespace) -> int:
     bank = detector.set_support(rows, task=options.task, intensity=options.intensity).ready()
     screened = screen(bank.normal_scores, bank.patients)
     order = sorted(range(len(rows)), key=lambda k: -screened[k].ratio)
-    shares = [f"{share:.0%}" for share in bank.attention] or [""] * len(rows)
+    shares = [f"{share:.0%}" for share in bank.attention_shares] or [""] * len(rows)
     cells = [
         (bank.names[k], f"{one.score:.4g}", f"{one.ratio:.2f}", f"{one.p_value:.2g}", shares[k], remark_on(one))
         for k, one in ((k, screened[k]) for k in order)

@@ -8,12 +8,14 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import logging
 import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +25,8 @@ from anatomaly.data.listing import LeftOut, list_files, subfolders
 from anatomaly.errors import ManifestError, OutputError
 from anatomaly.files import file_digest
 from anatomaly.types import Sample, Split
+
+logger = logging.getLogger(__name__)
 
 COLUMNS = ("path", "task", "split", "label", "frame", "mask", "patient_id", "sha256")
 _LABEL_WORDS = {0: "normal", 1: "anomalous", None: ""}
@@ -266,6 +270,8 @@ def _read_csv(path: Path, task: str | None) -> list[Sample]:
     samples: list[Sample] = []
     unclear: dict[str, str] = {}
     for number, cells in spreadsheet.read_rows(path):
+        if not samples and not unclear:
+            _tell_misspelt(cells, path)
         label = cells.get("label", "")
         if label and words.meaning_of(label) is None:
             unclear.setdefault(label, f"row {number}")
@@ -278,6 +284,14 @@ def _read_csv(path: Path, task: str | None) -> list[Sample]:
     if not samples:
         raise ManifestError(f"{path}: has no rows.")
     return samples
+
+
+def _tell_misspelt(columns: Iterable[str], path: Path) -> None:
+    """Warn of columns that are not read and whose name is nearly that of one that is, and is not there."""
+    there = {"mask" if name == "mask_path" else name for name in columns}
+    for name in sorted(there - set(COLUMNS)):
+        if near := get_close_matches(name, set(COLUMNS) - there, n=1, cutoff=0.75):
+            logger.warning("%s: column %s is not read. Is it meant to be %s?", path, name, near[0])
 
 
 def _csv_sample(cells: Mapping[str, str], folder: Path, default_task: str, where: str) -> Sample:

@@ -39,7 +39,7 @@ def save_bank(bank: SupportBank, file: Path) -> None:
         "precision": bank.precision,
         "normal_scores": bank.normal_scores,
         "patients": bank.patients,
-        "attention": bank.attention,
+        "attention_shares": bank.attention_shares,
         "origins": [each._asdict() for each in bank.origins],
     }
     facts["digest"] = _bank_digest(facts, bank.tensors)
@@ -71,7 +71,7 @@ def load_bank(file: Path) -> SupportBank:
             precision=facts.get("precision"),
             normal_scores=tuple(facts.get("normal_scores", ())),
             patients=tuple(facts.get("patients", ())),
-            attention=tuple(facts.get("attention", ())),
+            attention_shares=tuple(facts.get("attention_shares", ())),
             origins=read_origins(facts.get("origins", ())),
         )
         _check_bank(bank)
@@ -107,7 +107,7 @@ def _check_bank(bank: SupportBank) -> None:
     check("preprocessing.intensity.rule", rule, rule != "percentile", "a fixed rule")
     check("names", f"{bank.shots} images", bank.shots >= 1, "at least 1")
     check("sha256", f"{len(bank.sha256)} digests", len(bank.sha256) == bank.shots, f"{bank.shots}, one for each name")
-    for name, kind in (("normal_scores", float), ("attention", float), ("patients", int)):
+    for name, kind in (("normal_scores", float), ("attention_shares", float), ("patients", int)):
         values = getattr(bank, name)
         finite = all(type(each) is kind and math.isfinite(each) for each in values)
         check(name, f"{len(values)} values", finite and len(values) in (0, bank.shots), f"{bank.shots} numbers")

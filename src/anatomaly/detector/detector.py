@@ -201,7 +201,7 @@ class Detector:
             precision=self.precision,
             normal_scores=own.normal_scores,
             patients=patients,
-            attention=own.attention,
+            attention_shares=own.attention_shares,
             origins=read.origins,
         )
 

@@ -59,12 +59,12 @@ class Yardstick(NamedTuple):
     Attributes:
         map_range: As in `SupportBank`; likewise the others.
         normal_scores: Of each.
-        attention: Of each.
+        attention_shares: Of each.
     """
 
     map_range: tuple[float, float]
     normal_scores: tuple[float, ...] = ()
-    attention: tuple[float, ...] = ()
+    attention_shares: tuple[float, ...] = ()
 
 
 def judge_each_other(
@@ -80,8 +80,8 @@ def judge_each_other(
     if len(patients) == 1:
         return Yardstick((0.0, 0.5 * len(encoded)))  # a fixed guess: nothing is left to compare with
     found = leave_one_out(method, encoded, tensors, size=size, scoring=scoring, patients=patients)
-    attention = [] if found.weights is None else (found.weights.mean(dim=(0, 1))).tolist()
-    return Yardstick(scale_from_normals(list(found.maps.cpu().numpy())), tuple(found.scores.tolist()), tuple(attention))
+    shares = [] if found.weights is None else (found.weights.mean(dim=(0, 1))).tolist()
+    return Yardstick(scale_from_normals(list(found.maps.cpu().numpy())), tuple(found.scores.tolist()), tuple(shares))
 
 
 def read_support(samples: Sequence[Sample], preprocessing: Preprocessing) -> ReadSupport:

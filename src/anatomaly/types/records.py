@@ -147,8 +147,8 @@ class SupportBank:
             of queries. Empty where there is one support, or the bank's file is too old to say.
         patients: K numbers, equal for images that are known to be of one patient. Empty where the bank's file is too
             old to say.
-        attention: K shares that sum to 1: how much of the matches of the other supports falls on this one. Empty like
-            `normal_scores`, and where the method has no weights.
+        attention_shares: K shares that sum to 1: how much of the matches of the other supports falls on this one.
+            Empty like `normal_scores`, and where the method has no weights.
         origins: Where each of the K images comes from. Empty where the bank's file is too old to say.
     """
 
@@ -162,7 +162,7 @@ class SupportBank:
     precision: str | None = None
     normal_scores: tuple[float, ...] = ()
     patients: tuple[int, ...] = ()
-    attention: tuple[float, ...] = ()
+    attention_shares: tuple[float, ...] = ()
     origins: tuple[Origin, ...] = ()
 
     @property
