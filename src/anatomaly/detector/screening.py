@@ -66,9 +66,10 @@ def screen(scores: Sequence[float], patients: Sequence[int] = ()) -> tuple[Scree
     floor = _TWIN * max(float(np.median(values)), 1e-12)
     logs = np.log(np.maximum(values, floor))  # or a pair of twins would hide everything else
     found = []
-    numbers = np.asarray(patients or range(k))
+    _, numbers = np.unique(np.asarray(patients or range(k)), return_inverse=True)
+    means = np.bincount(numbers, logs) / np.bincount(numbers)
     for number, score in enumerate(values.tolist()):
-        others = np.array([logs[numbers == each].mean() for each in set(numbers) - {numbers[number]}])
+        others = np.delete(means, numbers[number])
         n, above = len(others), logs[number] - others.mean()
         freedom = _COUNTS + n - 1
         variance = (_COUNTS * _SPREAD**2 + ((others - others.mean()) ** 2).sum()) / freedom
