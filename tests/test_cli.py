@@ -650,6 +650,7 @@ def test_support_check_finds_the_image_of_another_kind(run, refused, world, tmp_
     code, out, _ = run("support", "check", folder)
     assert code == 0
     assert "None stands out" in out
+    assert "share of" in out
     (folder / "other.png").write_bytes(next((world / "ph/histology/train/normal").iterdir()).read_bytes())
     code, out, err = run("support", "check", folder)
     assert code == 1
