@@ -63,6 +63,8 @@ def test_the_table_reads_back_exactly(tmp_path):
         "p_value": None,
         "note": None,
         "map_volume": None,
+        "axis": None,
+        "position": None,
         "weight_0": 0.375,
         "weight_1": 0.625,
     }

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from anatomaly.data.manifest import Manifest
     from anatomaly.types import Sample
 
-_OURS = set(COLUMNS) - {"map_volume"}  # which older tables lack
+_OURS = set(COLUMNS) - {"map_volume", "axis", "position"}  # which older tables lack
 _ADVICE = "See 'anatomaly audit' in docs/protocol.md."
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from anatomaly.commands.arguments import (
     check_support_options,
@@ -17,6 +17,15 @@ from anatomaly.commands.arguments import (
 from anatomaly.commands.console import ended_by_signal, fail, say
 from anatomaly.commands.progress import progress
 from anatomaly.commands.support import warn_of_odd
+from anatomaly.commands.volumes import (
+    check_bank,
+    check_volume_options,
+    near,
+    shown,
+    slices_of,
+    support_slices,
+    volume_arguments,
+)
 from anatomaly.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,6 +39,7 @@ def predict_arguments(parser: ArgumentParser) -> None:
         "--images", type=str, nargs="+", required=True, help="Images to judge: files, folders, or a table."
     )
     support_arguments(parser)
+    volume_arguments(parser)
     parser.add_argument("--out", type=str, required=True, help="Folder for tables, maps, overlays and report.")
     parser.add_argument("--maps", type=bool, default=True, help="Write maps as float32 arrays and volumes.")
     parser.add_argument("--overlays", type=bool, default=True, help="Write overlays as PNG.")
@@ -44,26 +54,29 @@ def run_predict(options: Namespace) -> int:
     from anatomaly.results.run_record import refuse_finished
 
     check_support_options(options, "predict")
+    check_volume_options(options, "predict")
     _refuse_inputs(options)
     refuse_finished(Path(options.out))
-    samples = manifest_of(options.images, options.task).samples
+    samples = slices_of(manifest_of(options.images, options.task), options)
 
     from anatomaly.data.transforms import load
     from anatomaly.results.cases import count
     from anatomaly.results.folder import predict_to_folder  # takes seconds to load
 
-    supports = [] if options.support is None else support_rows(options.support, options.task, options.shots)
+    supports = _supports(options)
     detector = load_detector(options)
     check_takes_support(options, "predict", detector)
     pictures = []
     if options.bank is not None:
         detector.load_support(options.bank)
+        check_bank(options, detector)
     elif options.support is None:
         detector.set_task(options.task, intensity=options.intensity)
     else:
-        detector.set_support(supports, task=options.task, intensity=options.intensity)
-        pictures = [load(row, detector.ready().preprocessing).display for row in supports]
-    warn_of_odd(detector.ready())
+        detector.set_support(supports, task=options.task, intensity=options.intensity, near=near(options))
+        pictures = [load(row, detector.ready().preprocessing).display for row in shown(supports, options)]
+    if options.axis is None:  # slices of one volume differ by far
+        warn_of_odd(detector.ready())
     if options.save_bank is not None:
         detector.save_support(options.save_bank)
     with progress("predict", len(samples)) as advance:
@@ -106,11 +119,21 @@ def run_predict(options: Namespace) -> int:
         above = sum(each.score > max(normal) for each in summary.predictions if each.error is None)
         print(
             f"Among themselves the {len(normal)} support images score {min(normal):.4g} to {max(normal):.4g}; "
-            f"{above} of {scored} images score higher. A rough yardstick: anatomaly calibrate gives p-values."
+            f"{above} of {scored} images score higher. A rough yardstick"
+            f"{': anatomaly calibrate gives p-values.' if options.axis is None else '.'}"
         )
     if not scored:
         return fail("no image could be scored; scores.csv says why for each.")
     return 0
+
+
+def _supports(options: Namespace) -> Any:
+    """The rows of the support; none where there are no such options."""
+    if options.support is None:
+        return []
+    if options.axis is None:
+        return support_rows(options.support, options.task, options.shots)
+    return support_slices(manifest_of(options.support, options.task), options)
 
 
 def _refuse_inputs(options: Namespace) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from anatomaly.data import dicom, tiffs, volumes, workers
+from anatomaly.data import dicom, series, tiffs, volumes, workers
 from anatomaly.data.decoding import (
     Decoded,
     check_size,
@@ -31,6 +31,7 @@ from anatomaly.data.decoding import (
     reading,
     upright,
 )
+from anatomaly.data.deep_png import GREY, decode_deep, depth_of
 from anatomaly.data.dicom_source import begins_without_preamble
 from anatomaly.data.origin import origin_of
 from anatomaly.errors import AnatomalyError, ReadError
@@ -39,6 +40,8 @@ from anatomaly.types import Image, Origin, Sample
 
 if TYPE_CHECKING:
     from PIL.ImageFile import ImageFile
+
+    from anatomaly.types.cuts import Axis
 
 _MAGIC = {
     b"\x89PNG\r\n\x1a\n": "png",
@@ -54,8 +57,9 @@ _MAGIC = {
 }
 _BMP_HEADERS = {12, 40, 52, 56, 64, 108, 124}  # lengths there are; "BM" alone begins many a text
 _NIFTI_MAGIC = {b"n+1\0", b"ni1\0", b"n+2\0", b"ni2\0"}
-_PNG_GREY = 0  # colour type in the IHDR chunk
 _GREY_MODES = ("1", "L", "LA", "I", "I;16", "F")  # of Pillow
+#: What is said of a picture where a volume is expected.
+NO_VOLUME = "is no volume, expected a NIfTI file or a DICOM series. Leave it out, or leave out --axis."
 #: Memory a worker may take: so many times what it may decode, and so much for libraries; the file itself comes on top.
 _MEMORY_FACTOR, _MEMORY_MARGIN = 4, 2**30
 
@@ -107,8 +111,28 @@ def read_image(path: Path, *, frame: int | None = None, apply_voi: bool = False)
             finite pixel; its decoder died or took too long.
         NotReadyError: pydicom or nibabel is needed and not installed, or no worker can be started.
     """
+    return read_sample(Sample(path, "", frame=frame), apply_voi=apply_voi)
+
+
+def read_sample(sample: Sample, *, apply_voi: bool = False) -> Image:
+    """Read the image of a row, also where it is a slice of a volume.
+
+    Args:
+        sample: The row.
+        apply_voi: As for `read_image`.
+
+    Returns:
+        As `read_image`; `sha256` is that of all files that the image was made of.
+
+    Raises:
+        ReadError: As `read_image`; or the volume cannot be cut along the axis, or is none.
+        NotReadyError: As `read_image`.
+    """
+    path, cut = sample.path, sample.cut
+    axis = None if cut is None or cut.own else cut.axis
+    files = [] if cut is None or cut.own else [str(file.absolute()) for file in cut.series]
     with naming(path):
-        found, pixels = _ask("read", path, frame=frame, apply_voi=apply_voi)
+        found, pixels = _ask("read", path, frame=sample.frame, apply_voi=apply_voi, axis=axis, series=files)
         assert pixels is not None
         return Image(
             pixels=pixels,
@@ -128,7 +152,8 @@ def answer(request: workers.Request) -> workers.Answer:
     """What a worker does: decode here, in this process, and say what was found or what is wrong, without the path.
 
     Args:
-        request: "verb" ("read" or "count"), "path", "limit" (GiB decoded); to read also "frame" and "apply_voi".
+        request: "verb" ("read" or "count"), "path", "limit" (GiB decoded); to read also "frame", "apply_voi", and of a
+            volume "axis" and the files of its "series", if it has any.
 
     Returns:
         "count"; or the fields of an `Image`, and its pixels; or the name of an "error" and its "message".
@@ -138,14 +163,15 @@ def answer(request: workers.Request) -> workers.Answer:
         limit_decoded(request["limit"])
         if request["verb"] == "count":
             return {"count": _count_here(path)}, None
-        image = _read_here(path, frame=request["frame"], apply_voi=request["apply_voi"])
+        how: Any = {name: request[name] for name in ("frame", "apply_voi", "axis")}
+        image = _read_here(path, **how, files=[Path(each) for each in request["series"]])
     except AnatomalyError as err:
         return {"error": type(err).__name__, "message": str(err).removeprefix(f"{path}: ")}, None
     fields = ("value_range", "sha256", "frame", "invert", "spacing", "note", "modality", "origin")
     return {name: getattr(image, name) for name in fields}, image.pixels
 
 
-def _ask(verb: str, path: Path, **how: bool | int | None) -> workers.Answer:
+def _ask(verb: str, path: Path, **how: object) -> workers.Answer:
     limit = decoded_limit()
     memory = int(_MEMORY_FACTOR * limit * 2**30) + _MEMORY_MARGIN + (path.stat().st_size if path.is_file() else 0)
     return workers.ask({"verb": verb, "path": str(path.absolute()), "limit": limit, "memory": memory, **how})
@@ -163,17 +189,25 @@ def _count_here(path: Path) -> int:
         return count
 
 
-def _read_here(path: Path, *, frame: int | None, apply_voi: bool) -> Image:
+def _read_here(path: Path, *, frame: int | None, apply_voi: bool, axis: Axis | None, files: Sequence[Path]) -> Image:
     with reading(path):
         name = _known_format(path)
-        decoded = fill_gaps(_decode(name, path, frame, apply_voi))
+        if files:
+            assert axis is not None
+            decoded = fill_gaps(series.decode(files, axis, frame, apply_voi))
+        elif axis is None:
+            decoded = fill_gaps(_decode(name, path, frame, apply_voi))
+        elif name == "nifti":
+            decoded = fill_gaps(volumes.decode(path, frame, apply_voi, axis))
+        else:
+            raise ReadError(NO_VOLUME)
         pixels = np.ascontiguousarray(decoded.pixels, np.float32)
         status = path.stat()
         return Image(
             pixels=pixels,
             value_range=_pair(decoded.value_range),
             path=path,
-            sha256=_sha256(path, status.st_mtime_ns, status.st_size),
+            sha256=series.digest(files) if files else _sha256(path, status.st_mtime_ns, status.st_size),
             frame=decoded.frame,
             invert=decoded.invert,
             spacing=_pair(decoded.spacing),
@@ -307,34 +341,14 @@ def _decode_picture(path: Path, frame: int | None, _apply_voi: bool) -> Decoded:
         index = pick_frame(frame, count)
         if index:
             picture.seek(index)
-        bits, colour = _png_depth(path) if picture.format == "PNG" else (8, None)
+        bits, colour = depth_of(path) if picture.format == "PNG" else (8, None)
         if bits == 16:
-            stored = np.asarray(picture) if colour == _PNG_GREY else _decode_deep_png(path, index)
+            stored = np.asarray(picture) if colour == GREY else decode_deep(path, index)
         else:
             stored = np.asarray(picture.convert("L" if picture.mode in ("1", "L", "LA") else "RGB"))
         orientation = _orientation(picture)
     pixels = stored[None] if stored.ndim == 2 else np.moveaxis(stored, -1, 0)
     return Decoded(upright(pixels, orientation), (0.0, 2.0 ** max(bits, 8) - 1), index if count > 1 else None)
-
-
-def _png_depth(path: Path) -> tuple[int, int]:
-    """Bits per sample and colour type: bytes 24 and 25 of every PNG file."""
-    with path.open("rb") as file:
-        bits, colour = file.read(26)[24:]
-    return bits, colour
-
-
-def _decode_deep_png(path: Path, index: int) -> NDArray[Any]:
-    """(H, W) or (H, W, 3) of a 16-bit colour PNG without alpha; Pillow would cut it down to 8 bits."""
-    import imagecodecs
-
-    if index:
-        raise ReadError("is an animation of 16-bit colour, of which only frame 0 can be read. Export it as images.")
-    try:
-        channels: NDArray[Any] = imagecodecs.png_decode(path.read_bytes())
-    except RuntimeError as err:
-        raise ReadError("cannot be decoded as a 16-bit PNG. It is corrupt or truncated: export it again.") from err
-    return channels[..., :3] if channels.shape[-1] >= 3 else channels[..., 0]
 
 
 def _decode_jpeg_2000(path: Path, frame: int | None, apply_voi: bool) -> Decoded:

@@ -9,7 +9,7 @@ from statistics import median
 from typing import NamedTuple
 
 from anatomaly.data.contrast import LEAST_USED, Contrast, measure, suggest
-from anatomaly.data.readers import read_image
+from anatomaly.data.readers import read_sample
 from anatomaly.data.transforms import Prepared, apply_intensity, load
 from anatomaly.data.windows import CT_WINDOWS, ct_window_of, spell_intensity
 from anatomaly.errors import AnatomalyError, ConfigError, ReadError
@@ -144,7 +144,7 @@ def _spread(samples: Sequence[Sample]) -> Sequence[Sample]:
 def _readable(samples: Iterable[Sample]) -> Iterator[Image]:
     for sample in samples:
         with suppress(ReadError):
-            yield read_image(sample.path, frame=sample.frame)
+            yield read_sample(sample)
 
 
 def _windowless_ct(image: Glance) -> bool:

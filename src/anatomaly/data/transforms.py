@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from anatomaly.data.contrast import NOTE, measure, spell_suggestion
 from anatomaly.data.dicom import WINDOWLESS
-from anatomaly.data.readers import read_image
+from anatomaly.data.readers import read_sample
 from anatomaly.errors import ConfigError, ReadError, ShapeError
 from anatomaly.types import Image, Intensity, Preprocessing, Sample
 
@@ -49,7 +49,7 @@ def load(sample: Sample, preprocessing: Preprocessing) -> Prepared:
         ReadError: The file cannot be read, or declares no value range while the rule is "auto".
         ConfigError: The intensity rule is unresolved or empty.
     """
-    image = read_image(sample.path, frame=sample.frame, apply_voi=needs_voi(preprocessing.intensity))
+    image = read_sample(sample, apply_voi=needs_voi(preprocessing.intensity))
     prepared = preprocess(image, preprocessing)
     if image.note == WINDOWLESS or not measure(prepared.display).poor:
         return prepared

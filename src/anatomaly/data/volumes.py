@@ -1,14 +1,7 @@
 """NIfTI volumes: slices of a volume in, a volume of anomaly maps on the original voxel grid out.
 
-A slice is shown the same way whatever order and direction the file stores its axes in.  With the file's axes flipped
-and permuted to the closest canonical orientation (x to the patient's right, y to the front, z to the head), slice k is
-
-    displayed[row, column] = canonical[x=column, y=Ny-1-row, z=k]
-
-so slices count from inferior to superior, rows run from anterior to posterior, columns from the patient's left to the
-right.  A volume that is too thin from left to right for such slices, like one sagittal slice, is cut along that axis
-instead: [row, column] = canonical[x=k, y=column, z=Nz-1-row]; one too thin from back to front is cut into coronal
-slices: [row, column] = canonical[x=column, y=k, z=Nz-1-row].  `write_volume` is the exact inverse.
+How a volume is cut into slices stands in `volume_grid`.  Nobody asked for an axis: into axial ones, or, where those
+would be too thin to read, into sagittal or coronal ones.  `write_volume` is the exact inverse.
 """
 
 from __future__ import annotations
@@ -19,13 +12,12 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from math import prod
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from anatomaly.data.decoding import (
-    MIN_SIDE,
     Decoded,
     check_bytes,
     check_size,
@@ -34,35 +26,25 @@ from anatomaly.data.decoding import (
     reading,
     usable_spacing,
 )
-from anatomaly.errors import NotReadyError, OutputError, ReadError, ShapeError
+from anatomaly.data.volume_grid import Grid, Space, grid_of, nibabel
+from anatomaly.errors import OutputError, ReadError, ShapeError
 from anatomaly.files import output_error
+
+if TYPE_CHECKING:
+    from anatomaly.types.cuts import Axis
 
 _DEFLATE_RATIO = 1032  # at most
 _BLOCK = 2**28  # bytes of a volume of maps that are in memory at a time
 _MM_PER_UNIT = {"mm": 1.0, "meter": 1e3, "micron": 1e-3, "unknown": 1.0}
 
 
-class _Geometry(NamedTuple):
-    """How the three stored axes lie in the volume as it is cut: columns, rows (upwards), slices."""
-
-    orientation: NDArray[np.float64]  # (3, 2): axis as cut and direction (1 or -1) of every stored axis
-    shape: tuple[int, int, int]  # of the stored volume, trailing axes of length 1 dropped, missing ones added
-
-    def stored_axis(self, canonical_axis: int) -> int:
-        return int(np.flatnonzero(self.orientation[:, 0] == canonical_axis)[0])
-
-    def canonical_shape(self) -> tuple[int, int, int]:
-        x, y, z = (self.shape[self.stored_axis(axis)] for axis in range(3))
-        return x, y, z
-
-
 def count_slices(path: Path) -> int:
-    """Number of slices of a NIfTI volume, see above."""
-    return _geometry(_open_header(path)).canonical_shape()[2]
+    """Number of slices of a NIfTI volume where no axis is asked for."""
+    return _grid(_open_header(path)).sizes[2]
 
 
-def decode(path: Path, frame: int | None, _apply_voi: bool) -> Decoded:
-    """Decode slice `frame` of a NIfTI volume, counted as above; scl_slope and scl_inter are applied.
+def decode(path: Path, frame: int | None, _apply_voi: bool, axis: Axis | None = None) -> Decoded:
+    """Decode slice `frame` of a NIfTI volume, cut along `axis`; scl_slope and scl_inter are applied.
 
     NaN and infinite voxels stay; `limits` are then those of the whole volume, so that all slices get the same.
 
@@ -71,24 +53,20 @@ def decode(path: Path, frame: int | None, _apply_voi: bool) -> Decoded:
         NotReadyError: nibabel is not installed.
     """
     image, stored = _open_volume(path, path.stat().st_mtime_ns)
-    geometry = _geometry(image)
-    width, height, count = geometry.canonical_shape()
+    grid = _grid(image, axis)
+    width, height, count = grid.sizes
     check_size(height, width)
     index = pick_frame(frame, count)
 
-    axis = geometry.stored_axis(2)
-    forward = geometry.orientation[axis, 1] == 1
-    voxels = stored.reshape(geometry.shape)
-    slab = np.take(voxels, [index if forward else count - 1 - index], axis)
-    canonical = _nibabel().apply_orientation(slab, geometry.orientation)[:, :, 0]  # (x, y)
+    voxels = stored.reshape(grid.shape)
     slope, intercept = np.float64(image.dataobj.slope), np.float64(image.dataobj.inter)
-    pixels = (canonical.T[::-1] * slope + intercept).astype(np.float32)
+    pixels = (grid.shown(grid.slab(voxels, index)) * slope + intercept).astype(np.float32)
     limits = None if np.isfinite(pixels).all() else _volume_limits(voxels, slope, intercept)
 
     zooms = [float(zoom) for zoom in image.header.get_zooms()[:3]] + [1.0] * 3
     unit = _MM_PER_UNIT.get(image.header.get_xyzt_units()[0], 1.0)
-    spacing = usable_spacing(zooms[geometry.stored_axis(1)] * unit, zooms[geometry.stored_axis(0)] * unit)
-    thickness = usable_spacing(zooms[axis] * unit, 1.0)
+    spacing = usable_spacing(zooms[grid.stored_axis(1)] * unit, zooms[grid.stored_axis(0)] * unit)
+    thickness = usable_spacing(zooms[grid.stored_axis(2)] * unit, 1.0)
     return Decoded(
         pixels[None],
         None,
@@ -106,19 +84,24 @@ def _volume_limits(voxels: NDArray[Any], slope: np.float64, intercept: np.float6
     return (min(low for low, _ in found), max(high for _, high in found)) if found else None
 
 
-def slice_grid(path: Path) -> tuple[int, int, int]:
+def slice_grid(path: Path, axis: Axis | None = None) -> tuple[int, int, int]:
     """(slices, height, width) of a NIfTI volume as it is cut, from its header alone.
 
     Raises:
         ReadError: The file cannot be opened, or is no volume.
     """
     with reading(path):
-        width, height, count = _geometry(_open_header(path)).canonical_shape()
+        width, height, count = _grid(_open_header(path), axis).sizes
     return count, height, width
 
 
 def write_volume(
-    maps: Mapping[int, NDArray[Any]], source: Path, out: Path, *, dtype: type[np.float32 | np.uint8] = np.float32
+    maps: Mapping[int, NDArray[Any]],
+    source: Path | Space,
+    out: Path,
+    *,
+    dtype: type[np.float32 | np.uint8] = np.float32,
+    axis: Axis | None = None,
 ) -> None:
     """Write the maps of a volume's slices as one NIfTI on the grid of `source`.
 
@@ -128,9 +111,10 @@ def write_volume(
     Args:
         maps: Slice number as in `read_image(..., frame=)` -> (H0, W0) map as displayed, looked up when it is needed.
             Slices without a map are NaN, or 0 where `dtype` has no NaN.
-        source: The NIfTI volume the slices were read from.
+        source: The NIfTI volume the slices were read from; or where its voxels lie, if it is no NIfTI file.
         out: File to write, .nii.gz or .nii; whole or absent.
         dtype: float32, or uint8 for masks.
+        axis: What the maps are of, as for `decode`.
 
     Raises:
         ReadError: `source` cannot be read.
@@ -139,19 +123,20 @@ def write_volume(
     """
     if not out.name.endswith((".nii", ".nii.gz")):
         raise OutputError(f"{out}: has suffix {out.suffix!r}, expected .nii.gz or .nii. Rename the output.")
-    with reading(source):
-        image = _open_header(source)
-        geometry = _geometry(image)
-    count = geometry.canonical_shape()[2]
+    name = source if isinstance(source, Path) else out
+    with reading(name):
+        image = _open_header(source) if isinstance(source, Path) else _empty(source)
+        grid = _grid(image, axis)
+    count = grid.sizes[2]
     if wrong := [index for index in maps if not 0 <= index < count]:
-        raise ShapeError(f"{source}: there is a map for slice {wrong[0]}, the volume has slices 0..{count - 1}.")
+        raise ShapeError(f"{name}: there is a map for slice {wrong[0]}, the volume has slices 0..{count - 1}.")
     header = _map_header(image, dtype)
     part = out.with_name(out.name + ".part")
     try:
         with part.open("wb") as file, _packed(file, out) as stream:
             header.write_to(stream)
             stream.write(bytes(header.get_data_offset() - stream.tell()))
-            for block in _blocks(maps, source, geometry, dtype):
+            for block in _blocks(maps, name, grid, dtype):
                 stream.write(np.ascontiguousarray(block.T, header.get_data_dtype()).data)
         part.replace(out)
     except OSError as err:
@@ -159,6 +144,17 @@ def write_volume(
     finally:
         with contextlib.suppress(OSError):  # the first failure is the one to report
             part.unlink(missing_ok=True)
+
+
+def read_voxels(path: Path) -> NDArray[np.float32]:
+    """All voxels of a volume that `write_volume` wrote, as they are stored.
+
+    Raises:
+        ReadError: It cannot be read, or takes more memory than `decoding.limit_decoded` allows.
+    """
+    with reading(path):
+        image, voxels = _open(path, with_voxels=True)
+        return np.asarray(voxels, np.float32).reshape(image.shape)
 
 
 def _map_header(image: Any, dtype: type[np.float32 | np.uint8]) -> Any:
@@ -183,30 +179,27 @@ def _packed(file: IO[bytes], out: Path) -> contextlib.AbstractContextManager[IO[
 
 
 def _blocks(
-    maps: Mapping[int, NDArray[Any]], source: Path, geometry: _Geometry, dtype: type[np.float32 | np.uint8]
+    maps: Mapping[int, NDArray[Any]], name: Path, grid: Grid, dtype: type[np.float32 | np.uint8]
 ) -> Iterator[NDArray[Any]]:
     """The stored volume of maps, cut along its last axis into blocks of bounded size."""
-    nibabel = _nibabel()
-    width, height, count = geometry.canonical_shape()
-    axis = geometry.stored_axis(2)
-    forward = geometry.orientation[axis, 1] == 1
-    stored_order = nibabel.orientations.ornt_transform([[0, 1], [1, 1], [2, 1]], geometry.orientation)
-    *plane, length = geometry.shape
+    width, height, _ = grid.sizes
+    axis = grid.stored_axis(2)
+    *plane, length = grid.shape
     step = max(1, _BLOCK // (4 * prod(plane)))
     for start in range(0, length, step):
         stop = min(start + step, length)
         block = np.full((*plane, stop - start), np.nan if dtype is np.float32 else 0, dtype, order="F")
         for index in maps:
-            at = index if forward else count - 1 - index
+            at = grid.stored_index(index)
             if axis == 2 and not start <= at < stop:
                 continue
             anomaly_map = maps[index]
             if anomaly_map.shape != (height, width):
                 raise ShapeError(
-                    f"{source}: the map of slice {index} is {anomaly_map.shape}, slices are {(height, width)}. "
+                    f"{name}: the map of slice {index} is {anomaly_map.shape}, slices are {(height, width)}. "
                     "Restore maps to the source grid first."
                 )
-            slab = np.take(nibabel.apply_orientation(anomaly_map[::-1].T[..., None], stored_order), 0, axis)
+            slab = np.take(grid.stored(anomaly_map), 0, axis)
             if axis == 2:
                 block[:, :, at - start] = slab
             else:
@@ -214,13 +207,11 @@ def _blocks(
         yield block
 
 
-def _nibabel() -> Any:
-    """The optional library, imported on first use."""
-    try:
-        import nibabel
-    except ModuleNotFoundError as err:
-        raise NotReadyError('is a NIfTI file, nibabel is not installed. Run: pip install "anatomaly[nifti]"') from err
-    return nibabel
+def _empty(space: Space) -> Any:
+    """The header of a volume in mm that is on no disk."""
+    image = nibabel().Nifti1Image(np.broadcast_to(np.float32(0), space.shape), space.affine)
+    image.header.set_xyzt_units("mm")
+    return image
 
 
 @lru_cache(maxsize=1)
@@ -235,7 +226,7 @@ def _open_header(path: Path) -> Any:
 
 def _open(path: Path, *, with_voxels: bool) -> tuple[Any, NDArray[Any]]:
     """Open by content, whatever the file is called."""
-    nibabel = _nibabel()
+    library = nibabel()
     with path.open("rb") as file:
         zipped = file.read(2) == b"\x1f\x8b"
     with gzip.open(path) if zipped else path.open("rb") as stream:
@@ -243,7 +234,7 @@ def _open(path: Path, *, with_voxels: bool) -> tuple[Any, NDArray[Any]]:
         stream.seek(0)
         if start[344:348] == b"ni1\0" or start[4:8] == b"ni2\0":
             raise ReadError("is the header half of a .hdr/.img pair. Convert the pair to one .nii.gz file.")
-        kind = nibabel.Nifti2Image if start[4:8] == b"n+2\0" else nibabel.Nifti1Image
+        kind = library.Nifti2Image if start[4:8] == b"n+2\0" else library.Nifti1Image
         header = kind.header_class.from_fileobj(stream)
         if not np.isfinite(header["scl_inter"]):  # nibabel would refuse it; an invalid slope it takes as 1
             header["scl_inter"] = 0
@@ -276,21 +267,10 @@ def _check_length(image: Any, file_size: int, zipped: bool) -> None:
         check_bytes(length, f"is a packed volume of {shape} voxels", "Unpack it (gunzip), then it is read in slices")
 
 
-def _geometry(image: Any) -> _Geometry:
+def _grid(image: Any, axis: Axis | None = None) -> Grid:
     if any(length != 1 for length in image.shape[3:]):
         raise ReadError(
             f"has shape {image.shape}, expected one 3-D volume. "
             "Save the volume you want on its own (nibabel.four_to_three or fslsplit)."
         )
-    orientation = _nibabel().io_orientation(image.affine)
-    if not np.isfinite(orientation).all():
-        raise ReadError("has a singular affine, so its axes have no direction. Repair its sform or qform.")
-    x, y, z = (*image.shape, 1, 1, 1)[:3]
-    geometry = _Geometry(orientation, (int(x), int(y), int(z)))
-    thin = [axis for axis, length in enumerate(geometry.canonical_shape()) if length < MIN_SIDE]
-    if thin in ([0], [1]):  # sagittal or coronal slices: an axial cut would be too small to read
-        as_cut = [2, 0, 1] if thin == [0] else [0, 2, 1]  # of canonical x, y, z
-        turned = orientation.copy()
-        turned[:, 0] = [as_cut[int(axis)] for axis in orientation[:, 0]]
-        return geometry._replace(orientation=turned)
-    return geometry
+    return grid_of(image.affine, image.shape, axis)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from anatomaly.backbones.weights import state_digest
 from anatomaly.config import check_preprocessing
 from anatomaly.data.origin import read_origins
+from anatomaly.data.volume_grid import AXES
 from anatomaly.detector.bundle import DAMAGED, FORMAT, check_format, digest_of, read_preprocessing, write_tensors
 from anatomaly.detector.facts import map_range
 from anatomaly.errors import ConfigError, NotReadyError, check
@@ -41,6 +42,7 @@ def save_bank(bank: SupportBank, file: Path) -> None:
         "patients": bank.patients,
         "attention_shares": bank.attention_shares,
         "origins": [each._asdict() for each in bank.origins],
+        **({"places": bank.places, "near": bank.near} if bank.places else {}),
     }
     facts["digest"] = _bank_digest(facts, bank.tensors)
     write_tensors(file, bank.tensors, {"bank": json.dumps(facts)})
@@ -73,6 +75,8 @@ def load_bank(file: Path) -> SupportBank:
             patients=tuple(facts.get("patients", ())),
             attention_shares=tuple(facts.get("attention_shares", ())),
             origins=read_origins(facts.get("origins", ())),
+            places=tuple((axis, position) for axis, position in facts.get("places", ())),
+            near=facts.get("near"),
         )
         _check_bank(bank)
         digest = facts.pop("digest", None)  # banks of before have none
@@ -112,6 +116,10 @@ def _check_bank(bank: SupportBank) -> None:
         finite = all(type(each) is kind and math.isfinite(each) for each in values)
         check(name, f"{len(values)} values", finite and len(values) in (0, bank.shots), f"{bank.shots} numbers")
     check("origins", f"{len(bank.origins)} images", len(bank.origins) in (0, bank.shots), f"{bank.shots}, or none")
+    placed = [axis in AXES and type(position) in (int, float) and 0 <= position <= 1 for axis, position in bank.places]
+    check("places", f"{len(placed)} values", all(placed) and len(placed) in (0, bank.shots), "an axis and a position")
+    near = bank.near is None or (type(bank.near) is float and 0 < bank.near <= 1 and bool(placed))
+    check("near", repr(bank.near), near, "a share between 0 and 1")
     counts = {len(tensor) if tensor.ndim else 0 for tensor in bank.tensors.values()}
     held = " and ".join(map(str, sorted(counts))) or "no"
     check("tensors", f"{held} images", counts == {bank.shots}, f"{bank.shots}, one for each name")

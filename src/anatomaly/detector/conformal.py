@@ -297,7 +297,7 @@ def with_p_value(prediction: Prediction, bank: SupportBank, calibration: Calibra
     """
     if prediction.sha256 in bank.sha256:
         return _noted(prediction, "one of the support images: compared with itself")
-    if calibration is None:
+    if calibration is None or (prediction.sample.cut is not None and not bank.places):  # calibrated on other slices
         return prediction
     if prediction.sha256 in calibration.sha256:
         return _noted(prediction, "one of the calibration images: no p-value")

@@ -14,8 +14,7 @@ from anatomaly.config import check_preprocessing, check_scoring
 from anatomaly.data.layouts import rows_of
 from anatomaly.data.loading import load_batches
 from anatomaly.data.origin import note_beside
-from anatomaly.data.patients import patient_groups
-from anatomaly.data.readers import read_image
+from anatomaly.data.readers import read_sample
 from anatomaly.data.transforms import resolve_intensity, restore_map
 from anatomaly.detector.bank_file import load_bank, save_bank
 from anatomaly.detector.bundle import (
@@ -32,7 +31,8 @@ from anatomaly.detector.checks import check_bank, check_model
 from anatomaly.detector.conformal import beside, best_fit, with_p_value
 from anatomaly.detector.device import choose_device
 from anatomaly.detector.facts import TEACHERS, model_hash
-from anatomaly.detector.support import judge_each_other, read_support, support_samples
+from anatomaly.detector.places import compare_placed, places_of, supports_of
+from anatomaly.detector.support import bank_without_images, groups_of, judge_each_other, read_support, support_samples
 from anatomaly.errors import ConfigError, NotReadyError
 from anatomaly.methods import build_method
 from anatomaly.scoring import compare_tensor, embed_tensor, encode_tensor
@@ -157,7 +157,12 @@ class Detector:
             self.save_calibrations(bundle)
 
     def set_support(
-        self, images: Iterable[str | Path | Sample], *, task: str = "task", intensity: Intensity | None = None
+        self,
+        images: Iterable[str | Path | Sample],
+        *,
+        task: str = "task",
+        intensity: Intensity | None = None,
+        near: float | None = None,
     ) -> Detector:
         """Encode K normal images of a task once; later `predict` calls compare with them.
 
@@ -166,6 +171,7 @@ class Detector:
             task: Name of the task.
             intensity: Rule for this task's files where it differs from the training data's (another modality or unit);
                 "percentile" becomes a fixed range on these images.
+            near: Of supports that are slices of volumes (`data.cuts`): as in `SupportBank`.
 
         Returns:
             This detector, so that calls can be chained; the immutable bank is `.bank`.
@@ -174,22 +180,28 @@ class Detector:
             ReadError: A support image cannot be read.
             ConfigError: There is no image, the same image twice, only blank ones, or the method has no support.
         """
-        self.bank = self.make_bank(images, task=task, intensity=intensity)
+        self.bank = self.make_bank(images, task=task, intensity=intensity, near=near)
         return self
 
     def make_bank(
-        self, images: Iterable[str | Path | Sample], *, task: str = "task", intensity: Intensity | None = None
+        self,
+        images: Iterable[str | Path | Sample],
+        *,
+        task: str = "task",
+        intensity: Intensity | None = None,
+        near: float | None = None,
     ) -> SupportBank:
         """Like `set_support`, but only return the bank."""
         self._check_takes_support()
         samples = support_samples(images, task)
         rule = intensity or self.task_intensity.get(task, self.preprocessing.intensity)
-        fixed = resolve_intensity(rule, (read_image(s.path, frame=s.frame) for s in samples))
+        fixed = resolve_intensity(rule, map(read_sample, samples))
         preprocessing = replace(self.preprocessing, intensity=fixed)
         read = read_support(samples, preprocessing)
         tensors, encoded = embed_tensor(self.method, read.inputs.to(self.device), precision=self.precision)
-        size, patients = self.preprocessing.size, patient_groups(samples)
-        own = judge_each_other(self.method, encoded, tensors, size=size, scoring=self.scoring, patients=patients)
+        how: Any = {"patients": groups_of(samples), "places": places_of(samples), "near": near}
+        size, scoring = self.preprocessing.size, self.scoring
+        own = judge_each_other(self.method, encoded, tensors, size=size, scoring=scoring, **how)
         return SupportBank(
             tensors=tensors,
             task=task,
@@ -200,9 +212,9 @@ class Detector:
             map_range=own.map_range,
             precision=self.precision,
             normal_scores=own.normal_scores,
-            patients=patients,
             attention_shares=own.attention_shares,
             origins=read.origins,
+            **how,
         )
 
     def _check_takes_support(self) -> None:
@@ -219,27 +231,7 @@ class Detector:
 
     def empty_bank(self, task: str, *, intensity: Intensity | None = None) -> SupportBank:
         """Like `set_task`, but only return the bank; a `ConfigError` where the method needs support images."""
-        if self.method.needs_support:
-            raise ConfigError(
-                f"support: {self.facts.name} needs normal images to compare with. Give --support or --bank."
-            )
-        ranges = self.facts.map_ranges
-        task = next(iter(ranges)) if task == "task" and len(ranges) == 1 else task  # unnamed: the one it was trained on
-        rule = intensity or self.task_intensity.get(task, self.preprocessing.intensity)
-        if rule.rule == "percentile":
-            known = ", ".join(self.task_intensity) or "none"
-            raise ConfigError(f"task {task!r} has no range: take another --task ({known}) or --intensity range:0..255.")
-        low, high = ranges.get(task, (0.0, 2.0))
-        return SupportBank(
-            tensors={},
-            task=task,
-            names=(),
-            sha256=(),
-            preprocessing=replace(self.preprocessing, intensity=rule),
-            model_hash=self.model_hash,
-            map_range=(float(low), float(high)),
-            precision=self.precision,
-        )
+        return bank_without_images(self, task, intensity)
 
     def save_support(self, file: str | Path) -> None:
         """Save the current bank to one safetensors file.
@@ -361,14 +353,18 @@ class Detector:
         stack = torch.from_numpy(np.stack(inputs)).to(self.device)
         return encode_tensor(self.method, stack, precision=self.precision)
 
-    def compare(self, encoded: Sequence[Tensor], bank: SupportBank) -> Scored:
-        """Maps, scores and weights of encoded images against one bank."""
-        return compare_tensor(self.method, encoded, bank.tensors, size=self.preprocessing.size, scoring=self.scoring)
+    def compare(self, encoded: Sequence[Tensor], bank: SupportBank, rows: Sequence[Sample] = ()) -> Scored:
+        """Maps, scores and weights of encoded images against one bank; one of slices has to know their `rows`."""
+        how: Any = {"size": self.preprocessing.size, "scoring": self.scoring}
+        if not bank.places:
+            return compare_tensor(self.method, encoded, bank.tensors, **how)
+        return compare_placed(self.method, encoded, bank.tensors, supports=supports_of(rows, bank), **how)
 
     def _score(self, items: Sequence[tuple[Sample, Prepared]], bank: SupportBank) -> list[Prediction]:
         if not items:
             return []
-        scored = self.compare(self.encode([prepared.input for _, prepared in items]), bank)
+        rows = [sample for sample, _ in items]
+        scored = self.compare(self.encode([prepared.input for _, prepared in items]), bank, rows)
         maps, scores = scored.maps.cpu().numpy(), scored.scores.tolist()
         weights = None if scored.weights is None else scored.weights.float().cpu().numpy()
         return [
@@ -380,7 +376,7 @@ class Detector:
                 support_weights=None if weights is None else weights[i],
                 spacing=prepared.image.spacing,
                 note=note_beside(prepared.image, bank.origins),
-                sha256=f"{prepared.image.sha256}#{sample.frame or 0}",
+                sha256=sample.key(prepared.image.sha256),
             )
             for i, (sample, prepared) in enumerate(items)
         ]

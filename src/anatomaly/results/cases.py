@@ -131,7 +131,8 @@ def _case(prediction: Prediction, rank: int, total: int, shared: Shared) -> str:
     badge += "".join(f' <span class="call">called at {escaped(name)}</span>' for name in called)
     badge += f' <span class="remark">{escaped(prediction.note)}</span>' if prediction.note is not None else ""
     p_value = "" if prediction.p_value is None else f" p <b>{prediction.p_value:.3g}</b>"
-    place = sample.task if sample.frame is None else f"{sample.task}, frame {sample.frame}"
+    kind = "frame" if sample.cut is None else f"{sample.cut.axis} slice"
+    place = sample.task if sample.frame is None else f"{sample.task}, {kind} {sample.frame}"
     return (
         f'<article class="case{" on" if rank == 1 else ""}" id="case-{rank}"><header>'
         f'<span class="rank" title="rank {rank} of {total}">{rank}</span>'

@@ -150,9 +150,18 @@ def segmentation(
 
 
 def parametric_map(
-    stack: Sequence[Plane], maps: NDArray[np.float32], maker: Maker, *, series: str, number: int
+    stack: Sequence[Plane], maps: NDArray[np.float32], maker: Maker, *, series: str, number: int, axis: str = ""
 ) -> Dataset:
-    """A Parametric Map of the raw maps, (planes, H, W) float32; its window is the run's colour scale."""
+    """A Parametric Map of the raw maps, (planes, H, W) float32; its window is the run's colour scale.
+
+    Args:
+        stack: As for `segmentation`.
+        maps: One a plane.
+        maker: As for `segmentation`.
+        series: As for `segmentation`.
+        number: As for `segmentation`.
+        axis: What the volume was cut along, where that is not along these planes.
+    """
     from highdicom import VOILUTTransformation
     from highdicom.pm import ParametricMap, RealWorldValueMapping
     from pydicom.sr.codedict import codes
@@ -178,7 +187,7 @@ def parametric_map(
         pixel_array=maps,
         sop_instance_uid=_instance("map", stack, series, maps),
         instance_number=number,
-        series_description="Anomaly map, raw values - RESEARCH ONLY",
+        series_description=f"Anomaly map, {axis and f'{axis}, '}raw values - RESEARCH ONLY",
         contains_recognizable_visual_features=False,
         real_world_value_mappings=[mapping],
         voi_lut_transformations=[window],

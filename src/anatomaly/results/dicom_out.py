@@ -6,8 +6,9 @@ can cost a verdict: an object that cannot be made is told, and the next one is m
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,9 @@ from numpy.typing import NDArray
 
 from anatomaly.data.decoding import check_bytes
 from anatomaly.data.readers import sniff_format
-from anatomaly.errors import AnatomalyError, ConfigError, NotReadyError
+from anatomaly.data.series import read_series
+from anatomaly.data.volumes import read_voxels
+from anatomaly.errors import AnatomalyError, ConfigError, NotReadyError, ReadError
 from anatomaly.files import write_whole
 from anatomaly.results.dicom_objects import Maker, caption, parametric_map, picture, segmentation, uid_of
 from anatomaly.results.dicom_picture import framed_picture
@@ -35,6 +38,7 @@ _WORDS = {
     "map": "parametric maps",
 }
 _NO_GEOMETRY = "the frames have no position in space, which objects of several frames need"
+_NO_IMAGES = "slices across a series are no images of it; maps/ has them"
 _NO_FRAME_OF_REFERENCE = "the source has no position in space (frame of reference), which they need"
 
 
@@ -51,7 +55,9 @@ def check_dicom(*, maps: bool, overlays: bool) -> None:
         raise NotReadyError('dicom: highdicom is not installed. Run: pip install "anatomaly[dicom-out]"')
 
 
-def write_dicom(out: Path, maker: Maker, marking: Marking | None) -> tuple[str, ...]:
+def write_dicom(
+    out: Path, maker: Maker, marking: Marking | None, across: Mapping[str, Sequence[Path]] | None = None
+) -> tuple[str, ...]:
     """Write the DICOM objects of a finished run to OUT/dicom/.
 
     Every judged DICOM image gets a picture.  Every stack of them (see `dicom_planes`), and every image alone that has
@@ -62,6 +68,8 @@ def write_dicom(out: Path, maker: Maker, marking: Marking | None) -> tuple[str, 
         out: The folder of the run, with its `scores.jsonl`.
         maker: What made the verdicts.
         marking: Which pixels are marked; None without a calibration or a rate.
+        across: Map volumes of slices across a DICOM series, and its files: each becomes a parametric map on the images
+            of the series.
 
     Returns:
         Lines to tell: what was written, and what was not, and why.
@@ -77,6 +85,9 @@ def write_dicom(out: Path, maker: Maker, marking: Marking | None) -> tuple[str, 
                 told["files", "they name no series"] += 1
         if files[path]:
             by_series[str(files[path])].append(row)
+    volumes: defaultdict[str, dict[str, Sequence[Path]]] = defaultdict(dict)
+    for name, paths in (across or {}).items():
+        volumes[str(_series_or_none(paths[0]))][name] = paths
     if not by_series and not told:
         return ("dicom: no image is a DICOM file; nothing was written to dicom/.",)
     written: Counter[str] = Counter()
@@ -84,7 +95,12 @@ def write_dicom(out: Path, maker: Maker, marking: Marking | None) -> tuple[str, 
     for uid, rows in by_series.items():
         series = _Series(out, names.new(Path(rows[0]["path"])), uid, maker, marking)
         with quiet():
-            series.write(rows)
+            if own := [row for row in rows if not row.get("across")]:
+                series.write(own)
+            for name, paths in volumes[uid].items():
+                series.write_across(name, paths, rows[0]["scale"])
+            if len(own) < len(rows):
+                told["overlays and segmentations", _NO_IMAGES] += len(rows) - len(own)
         written.update(series.written)
         told.update(series.told)
     done = ", ".join(f"{words}: {written[kind]}" for kind, words in _WORDS.items() if written[kind])
@@ -125,6 +141,30 @@ class _Series:
                 self._make_all([plane])
         if manyframed := {plane.row["path"] for plane in planes if plane.geometry is None and plane.frames > 1}:
             self.told["segmentations and parametric maps", _NO_GEOMETRY] += len(manyframed)
+
+    def write_across(self, name: str, files: Sequence[Path], scale: Sequence[float]) -> None:
+        """Bring a map volume back to the images of the series, as a parametric map."""
+        axis = name.removesuffix("_map.nii.gz").rpartition("_")[2]
+        number = self.written["map"] + 1
+        try:
+            slices = read_series(files).slices
+            nothing = {"score": None, "p_value": None, "scale": scale, "spacing": None}
+            planes = read_planes({"path": str(file), "frame": frame, **nothing} for file, frame in slices)
+            maps = np.ascontiguousarray(read_voxels(self._out / name).T)
+            if not np.isfinite(maps).all():
+                raise ReadError("slices that were not judged have no value, which a parametric map must have")
+            content = hashlib.sha256(maps.tobytes()).hexdigest()
+            series = uid_of("map", self._uid, self._maker, axis, content)
+            made = parametric_map(planes, maps, self._maker, series=series, number=number, axis=axis)
+            self._save(made, f"map_{number:04d}.dcm")
+        except AnatomalyError as err:
+            self.told[f"parametric maps of {axis} slices", _reason(err)] += 1
+        except Exception as err:  # as in _make
+            self.told[
+                f"parametric maps of {axis} slices", f"the source cannot be referred to ({type(err).__name__})"
+            ] += 1
+        else:
+            self.written["map"] += 1
 
     def _make_all(self, stack: list[Plane]) -> None:
         self._make("map01", stack)

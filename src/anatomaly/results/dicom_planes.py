@@ -14,14 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from anatomaly.data.dicom_geometry import Geometry, geometry_of
 from anatomaly.errors import ReadError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from numpy.typing import NDArray
     from pydicom.dataset import Dataset
 
 #: Elements that every object has, though a careless writer may leave them out; empty says "unknown".
@@ -30,38 +28,6 @@ _MAY_BE_EMPTY = (
     *("StudyTime", "ReferringPhysicianName"),
 )
 _NEEDED = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "Rows", "Columns")
-#: Direction cosines this close are one orientation: 0.002 mm over 200 mm.
-_SAME_DIRECTION = 1e-5
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """The plane of an image in its frame of reference.
-
-    Attributes:
-        frame_of_reference: UID.
-        position: (3,) mm, centre of the first pixel.
-        axes: (6,) direction cosines of a row, then of a column.
-        spacing: (2,) mm between rows, between columns.
-    """
-
-    frame_of_reference: str
-    position: NDArray[np.float64]
-    axes: NDArray[np.float64]
-    spacing: NDArray[np.float64]
-
-    @property
-    def along(self) -> float:
-        """Position along the normal of the plane, in mm."""
-        return float(np.cross(self.axes[:3], self.axes[3:]) @ self.position)
-
-    def fits(self, other: Geometry) -> bool:
-        """Whether both can be in one stack."""
-        return (
-            self.frame_of_reference == other.frame_of_reference
-            and np.allclose(self.axes, other.axes, rtol=0, atol=_SAME_DIRECTION)
-            and np.allclose(self.spacing, other.spacing, rtol=1e-6, atol=0)
-        )
 
 
 @dataclass(frozen=True)
@@ -127,7 +93,7 @@ def read_planes(rows: Iterable[dict[str, Any]]) -> list[Plane]:
         if header is None:
             header = headers[row["path"]] = _header(Path(row["path"]))
         frame = int(row["frame"] or 0)
-        planes.append(Plane(row, header, frame, _geometry(header, frame)))
+        planes.append(Plane(row, header, frame, geometry_of(header, frame)))
     return planes
 
 
@@ -212,30 +178,3 @@ def _clear_unless(header: Dataset, name: str, kind: Any) -> None:
         kind(str(header.get(name) or ""))
     except ValueError:
         setattr(header, name, "")
-
-
-def _geometry(header: Dataset, frame: int) -> Geometry | None:
-    try:
-        frame_of_reference = header.get("FrameOfReferenceUID")
-        position = _value(header, frame, "PlanePositionSequence", "ImagePositionPatient", 3)
-        axes = _value(header, frame, "PlaneOrientationSequence", "ImageOrientationPatient", 6)
-        spacing = _value(header, frame, "PixelMeasuresSequence", "PixelSpacing", 2)
-    except Exception:  # a damaged header has no geometry
-        return None
-    if not frame_of_reference or position is None or axes is None or spacing is None:
-        return None
-    return Geometry(str(frame_of_reference), position, axes, spacing)
-
-
-def _value(header: Dataset, frame: int, group: str, name: str, length: int) -> NDArray[np.float64] | None:
-    """Numbers of one frame: from its functional groups, else those of all frames, else the top (one frame only)."""
-    shared = header.get("SharedFunctionalGroupsSequence") or []
-    own = header.get("PerFrameFunctionalGroupsSequence") or []
-    places = [item for groups in (*own[frame : frame + 1], *shared[:1]) for item in (groups.get(group) or [])[:1]]
-    if int(header.get("NumberOfFrames") or 1) == 1:
-        places.append(header)
-    for place in places:
-        if place.get(name):
-            found = np.asarray([float(number) for number in place[name].value], np.float64)
-            return found if len(found) == length and np.isfinite(found).all() else None
-    return None

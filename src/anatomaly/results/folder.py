@@ -138,7 +138,7 @@ def predict_to_folder(
                 if dropped != len(kept) - 1:
                     kept[-1] = shrink(prediction)
                 on_progress(prediction)
-            told = writer.finish()
+            told, across = writer.finish(), writer.across
         for number in sorted(-each for _, each in highest if -each < len(stored)):
             kept[number] = shrink(_seen_again(detector, out, stored[number]))
         calls = () if calibration is None else tuple(_calls(kept, calibration, alpha, fdr, dependent))
@@ -162,7 +162,7 @@ def predict_to_folder(
             told += write_mask_volumes(out, marking)
         write_pooled(out, kept, calibration)
         if dicom:
-            told += write_dicom(out, Maker(detector.facts.name, detector.model_hash, bank.digest), marking)
+            told += write_dicom(out, Maker(detector.facts.name, detector.model_hash, bank.digest), marking, across)
         finish(out, facts)
     remarks = (*([line] if line else []), *told, *_remarks(kept, calibration, fdr, dependent))
     return Summary(tuple(kept), report, sum(p.error is not None for p in kept), calls, remarks)

@@ -29,7 +29,7 @@ def write_mask_volumes(out: Path, marking: Marking) -> tuple[str, ...]:
     """
     volumes: defaultdict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
     for row in rows_with_maps(out):
-        if row["map_volume"] is not None:
+        if row["map_volume"] is not None and row["axis"] is None:
             volumes[row["map_volume"]][int(row["frame"] or 0)] = row
     told = []
     for name, rows in volumes.items():

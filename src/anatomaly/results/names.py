@@ -26,9 +26,12 @@ class Stems:
 
     def new(self, sample: Sample) -> str:
         """A name no other image of the run has: that of its file, then with the folder's, then with a digest."""
-        plain = plain_name(re.sub(r"(\.nii\.gz|\.[A-Za-z]\w{0,4})$", "", sample.path.name))
+        cut = sample.cut
+        file = sample.path.parent if cut is not None and cut.across else sample.path
+        axis = "" if cut is None or cut.own else f"_{cut.axis}"
+        plain = plain_name(re.sub(r"(\.nii\.gz|\.[A-Za-z]\w{0,4})$", "", file.name)) + axis
         plain += "" if sample.frame is None else f"_{sample.frame:04d}"
-        digest = hashlib.sha256(f"{sample.path}#{sample.frame}".encode(errors="surrogatepass")).hexdigest()[:8]
+        digest = hashlib.sha256(f"{sample.path}#{axis}{sample.frame}".encode(errors="surrogatepass")).hexdigest()[:8]
         of_folder = f"{plain_name(sample.path.parent.name)}_{plain}"
         short = [each for each in (plain, of_folder) if len(each.encode()) <= _LONGEST_STEM]
         last = f"{plain}-{digest}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 _TOP = 3  # scores that the second pooled score averages
 COLUMNS = (
     *("task", "label", "images", "unreadable", "score_max", f"score_top{_TOP}", "worst_path", "worst_frame"),
-    *("p_value", "note"),
+    *("p_value", "note", "axis"),
 )
+_ALL = "all"  # the axes of a volume together
 
 
 def write_pooled(out: Path, predictions: Sequence[Prediction], calibration: Calibration | None) -> None:
@@ -37,7 +38,10 @@ def write_pooled(out: Path, predictions: Sequence[Prediction], calibration: Cali
 
     Columns: the patient or volume; task; label (1 if any image is anomalous, 0 if all are normal, else empty); images
     with a score and those without; the highest score and the mean of the 3 highest (of all where there are fewer); the
-    image with the highest score; the p-value, see `pooled_p`.
+    image with the highest score; the p-value, see `pooled_p`; the axis that the images were cut along.
+
+    A volume that was judged along several axes has a row for each, and one for all: scores of slices of different axes
+    are on different scales, so its pooled scores are the means of those of the axes.  A patient has the latter row.
 
     Args:
         out: The folder of the run.
@@ -57,7 +61,11 @@ def write_pooled(out: Path, predictions: Sequence[Prediction], calibration: Cali
             patients[each.sample.patient_id].append(each)
     for kind, groups in (("patient", patients), ("volume", _volumes(predictions))):
         if groups:
-            rows = [(name, *_row(group, units, calibration)) for name, group in groups.items()]
+            rows = [
+                (name, *_row(part, units, calibration), axis)
+                for name, group in groups.items()
+                for axis, part in _parts(group, by_axis=kind == "volume")
+            ]
             write_whole(out / f"{kind}s.csv", csv_bytes([(kind, *COLUMNS), *rows]))
 
 
@@ -72,9 +80,29 @@ def _row(
     first = (tasks, label, len(scored), len(group) - len(scored))
     if not scored:
         return (*first, None, None, None, None, None, note)
-    top = [each.score for each in scored[:_TOP]]
     worst = scored[0].sample
-    return (*first, top[0], sum(top) / len(top), str(worst.path), worst.frame, p_value, note)
+    return (*first, *_pooled(scored), str(worst.path), worst.frame, p_value, note)
+
+
+def _pooled(scored: Sequence[Prediction]) -> tuple[float, float]:
+    """The highest score and the mean of the highest ones, each the mean over the axes; scores descend."""
+    axes: defaultdict[str, list[float]] = defaultdict(list)
+    for each in scored:
+        axes[_axis(each)].append(each.score)
+    tops = [scores[:_TOP] for scores in axes.values()]
+    return sum(top[0] for top in tops) / len(tops), sum(sum(top) / len(top) for top in tops) / len(tops)
+
+
+def _axis(prediction: Prediction) -> str:
+    return "" if prediction.sample.cut is None else prediction.sample.cut.axis
+
+
+def _parts(group: Sequence[Prediction], *, by_axis: bool) -> Iterator[tuple[str, Sequence[Prediction]]]:
+    """The rows of a group: one for each axis, where asked for, then one for all of it."""
+    axes = dict.fromkeys(map(_axis, group))
+    if by_axis and len(axes) > 1:
+        yield from ((axis, [each for each in group if _axis(each) == axis]) for axis in axes)
+    yield (next(iter(axes)) if len(axes) == 1 else _ALL), group
 
 
 def pooled_p(
@@ -113,7 +141,7 @@ def _volumes(predictions: Iterable[Prediction]) -> dict[str, list[Prediction]]:
     names = SeriesNames()
     found = {}
     for (kind, _), group in by_key.items():
-        if len(group) > 1 or group[0].sample.frame is not None:
+        if len(group) > 1 or group[0].sample.frame is not None or group[0].sample.cut is not None:
             path = group[0].sample.path
             found[names.new(path) if kind == "series" else str(path)] = group
     return found

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 #: Columns of `scores.csv` that every run has; `weight_0` ... `weight_<K-1>` follow where there is a support bank.
 COLUMNS = (
     *("path", "frame", "task", "label", "score", "status", "error", "seconds", "map", "overlay", "p_value", "note"),
-    "map_volume",
+    *("map_volume", "axis", "position"),
 )
 
 _PNG_END = b"IEND\xaeB`\x82"
@@ -71,12 +71,16 @@ def row_of(
         "note": " ".join(prediction.note.split()) if prediction.note is not None else None,
         "seconds": float(prediction.seconds),
         **files,
+        "axis": None if sample.cut is None else sample.cut.axis,
+        "position": None if sample.cut is None else sample.cut.position,
         "sha256": prediction.sha256,
         "spacing": prediction.spacing and usable_spacing(*prediction.spacing),
         "scale": scale,
         "support": support_names,
         "support_weights": None if weights is None else weights.tolist(),
     }
+    if sample.cut is not None and sample.cut.across:
+        row["across"] = True  # the image is no file's own
     return {name: _without_gaps(value) for name, value in row.items()}
 
 
@@ -129,7 +133,9 @@ def stored_rows(out: Path, samples: Sequence[Sample], *, batch_size: int) -> lis
         with (out / "scores.jsonl").open("rb") as lines:
             for line, sample in zip(lines, samples, strict=False):
                 row = parse_json(line.decode())
-                if not line.endswith(b"\n") or (row["path"], row["frame"]) != (str(sample.path), sample.frame):
+                axis = None if sample.cut is None else sample.cut.axis
+                image = (str(sample.path), sample.frame, axis)
+                if not line.endswith(b"\n") or (row["path"], row["frame"], row["axis"]) != image:
                     break
                 if not _has_files(out, row):
                     break

@@ -64,9 +64,10 @@ def facts_of(
         overlays: Whether overlays are written.
     """
     bank = detector.ready()
+    placed = (bank.places, bank.near) if bank.places else ()
     found = {
         "model": detector.model_hash,
-        "supports": _digest((bank.sha256, bank.names, bank.precision)),
+        "supports": _digest((bank.sha256, bank.names, bank.precision, *placed)),
         "images": _images(samples),
         "task": bank.task,
         "preprocessing": asdict(bank.preprocessing),
@@ -190,10 +191,18 @@ def _write(out: Path, facts: Mapping[str, Any], *, finished: bool) -> None:
 
 def _images(samples: Sequence[Sample]) -> str:
     """Digest of the rows, with size and time of change of their files."""
-    known = {path: _state(path) for path in {sample.path for sample in samples}}
+    known = {path: _state(path) for sample in samples for path in _files(sample)}
     return _digest(
-        [(str(s.path), s.frame and int(s.frame), s.task, s.label, s.patient_id, known[s.path]) for s in samples]
+        [
+            (str(s.path), s.frame and int(s.frame), s.task, s.label, s.patient_id, known[s.path])
+            + (() if s.cut is None else (s.cut.axis, s.cut.position, *(known[path] for path in s.cut.series)))
+            for s in samples
+        ]
     )
+
+
+def _files(sample: Sample) -> tuple[Path, ...]:
+    return (sample.path, *(() if sample.cut is None else sample.cut.series))
 
 
 def _state(path: Path) -> tuple[int, int] | None:

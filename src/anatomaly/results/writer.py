@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -148,6 +148,11 @@ class ResultWriter:
             OutputError: One cannot be written.
         """
         return self._volumes.finish()
+
+    @property
+    def across(self) -> Mapping[str, Sequence[Path]]:
+        """As `MapVolumes.across`, after `finish`."""
+        return self._volumes.across
 
     def _write_pictures(self, prediction: Prediction) -> tuple[dict[str, str | None], list[str]]:
         """Write map and overlay where there are any; returns their names by column, and what could not be made."""

@@ -5,6 +5,8 @@ Words: query (image to judge), support (K normal images of the same task), task 
 Shapes: B batch, K shots, C channels, H W pixels, h w feature cells.
 """
 
+from anatomaly.types.cuts import Axis as Axis
+from anatomaly.types.cuts import Cut as Cut
 from anatomaly.types.records import Calibration as Calibration
 from anatomaly.types.records import Comparison as Comparison
 from anatomaly.types.records import Features as Features

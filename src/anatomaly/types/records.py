@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
+from anatomaly.types.cuts import Axis, Cut
 from anatomaly.types.settings import Preprocessing, Scoring  # `errors.check_words` looks them up
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ class Sample:
         mask: File of the lesion mask (non-zero = lesion), or None.
         patient_id: Grouping key of the patient, or None where unknown.
         sha256: Hex digest of the file, or None until `manifest.with_hashes` computed it.
+        cut: Where the image lies in the volume it is a slice of; None where it is judged for itself.
     """
 
     path: Path
@@ -100,11 +102,21 @@ class Sample:
     mask: Path | None = None
     patient_id: str | None = None
     sha256: str | None = None
+    cut: Cut | None = None
 
     @property
     def name(self) -> str:
         """File name, with `#frame` where the file holds several images; used in tables and messages."""
-        return self.path.name if self.frame is None else f"{self.path.name}#{self.frame}"
+        if self.frame is None:
+            return self.path.name
+        if self.cut is None or self.cut.own:
+            return f"{self.path.name}#{self.frame}"
+        file = self.path.parent if self.cut.series else self.path
+        return f"{file.name}#{self.cut.axis} {self.frame}"
+
+    def key(self, sha256: str) -> str:
+        """What tells the image from all others, given the digest of its file: `digest#frame`, as banks keep it."""
+        return f"{sha256}#{'' if self.cut is None or self.cut.own else self.cut.axis}{self.frame or 0}"
 
 
 #: Frozen features of a batch: teacher name -> levels from shallow to deep, each (B, C, h, w).
@@ -150,6 +162,9 @@ class SupportBank:
         attention_shares: K shares that sum to 1: how much of the matches of the other supports falls on this one.
             Empty like `normal_scores`, and where the method has no weights.
         origins: Where each of the K images comes from. Empty where the bank's file is too old to say.
+        places: Where supports are slices of volumes: K axes and relative positions, see `Cut`. A query is compared with
+            those of its own axis only.
+        near: How far from a query's relative position supports may lie, as a share of the axis; None: anywhere.
     """
 
     tensors: Mapping[str, Tensor]
@@ -164,6 +179,8 @@ class SupportBank:
     patients: tuple[int, ...] = ()
     attention_shares: tuple[float, ...] = ()
     origins: tuple[Origin, ...] = ()
+    places: tuple[tuple[Axis, float], ...] = ()
+    near: float | None = None
 
     @property
     def shots(self) -> int:
@@ -173,7 +190,9 @@ class SupportBank:
     @property
     def digest(self) -> str:
         """Which images it holds, in any order, and in which precision; model and preprocessing have their own."""
-        return hashlib.sha256(repr((sorted(self.sha256), self.precision)).encode()).hexdigest()
+        images = sorted(zip(self.sha256, self.places, strict=True)) if self.places else sorted(self.sha256)
+        facts = (images, self.precision, *([self.near] if self.places else []))
+        return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
