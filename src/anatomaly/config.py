@@ -109,7 +109,9 @@ class TrainingConfig:
         shots: K, supports per episode; one-class methods have none.
         epochs: Passes over the training images, or 100 batches each where a method learns from lesions; 0 leaves it
             untrained.
-        batch_size: Episodes per step.
+        batch_size: Episodes per step, over all devices and all parts that `accumulate` makes.
+        accumulate: Parts a batch is taken in, one after the other, where it does not fit in memory as a whole; batch
+            norms see one part at a time.
         synthetic: For methods that learn from lesions: normal images of each of the five built-in tasks that are
             trained on as well, unless the data are built-in ones themselves.
         learning_rate: Of Adam, at the start.
@@ -121,7 +123,10 @@ class TrainingConfig:
         gradient_clip: Largest gradient norm; 0 switches clipping off.
         precision: fp32, or bf16: faster on GPUs and on CPUs that have instructions for it, far slower on others.
         device: auto, cpu or cuda.
-        cache_gib: Memory for the teachers' features, computed once per image; 0 computes them at every step.
+        devices: Processes that share each batch, one a GPU; auto takes all GPUs, and one process on a CPU.
+        strategy: ddp trains in processes of their own, auto does so where there are several devices.
+        cache_gib: Memory of each process for the teachers' features, computed once per image; 0 computes them at every
+            step.
         cache_disk_gib: Disk for those that memory cannot hold, kept for later runs; rounds all features to float16.
         keep_checkpoints: Keep the weights of every validated epoch, for `anatomaly audit`; changes no number.
         seed: Of everything random.
@@ -130,6 +135,7 @@ class TrainingConfig:
     shots: int = 4
     epochs: int = 70
     batch_size: int = 16
+    accumulate: int = 1
     synthetic: int = 0
     learning_rate: float = 1e-4
     schedule: Literal["constant", "cosine"] = "constant"
@@ -140,6 +146,8 @@ class TrainingConfig:
     gradient_clip: float = 0.0
     precision: Literal["fp32", "bf16"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    devices: int | Literal["auto"] = 1
+    strategy: Literal["auto", "ddp"] = "auto"
     cache_gib: float = 4.0
     cache_disk_gib: float = 0.0
     keep_checkpoints: bool = False
@@ -148,7 +156,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         """Refuse values out of range with a ConfigError."""
         check_words(self, "training")
-        counts = ("shots", "batch_size", "validate_every", "cosine_epochs")
+        counts = ("shots", "batch_size", "accumulate", "validate_every", "cosine_epochs")
         for name, lowest in (*((count, 1) for count in counts), ("epochs", 0), ("synthetic", 0), ("seed", 0)):
             value = getattr(self, name)
             check(f"training.{name}", value, lowest <= value < 2**31, f"{lowest} or more, and less than 2**31")
@@ -157,8 +165,19 @@ class TrainingConfig:
         check("training.gradient_clip", self.gradient_clip, 0 <= self.gradient_clip < math.inf, "at least 0")
         for name in ("cache_gib", "cache_disk_gib"):
             check(f"training.{name}", getattr(self, name), getattr(self, name) >= 0, "at least 0")
+        whole = type(self.devices) is int and 1 <= self.devices < 2**31
+        check("training.devices", repr(self.devices), whole or self.devices == "auto", "1 or more, or auto")
+        self.check_parts(1 if self.devices == "auto" else self.devices)
         kept = self.keep_checkpoints
         check("training.keep_checkpoints", kept, isinstance(kept, bool), "true or false")
+
+    def check_parts(self, devices: int) -> None:
+        """Refuse with a ConfigError a batch that so many devices and `accumulate` do not cut into equal parts."""
+        parts = devices * self.accumulate
+        fewer = self.batch_size // parts * parts
+        near = f"{fewer} or {fewer + parts}" if fewer else f"{parts}"
+        expected = f"a multiple of devices x accumulate, {devices} x {self.accumulate}, such as {near}"
+        check("training.batch_size", self.batch_size, self.batch_size == fewer, expected)
 
 
 @dataclass(frozen=True)
@@ -190,6 +209,10 @@ class FitConfig:
         """As it is spelled in YAML files and recorded with a run."""
         return {**asdict(self), "method": self.method.as_dict()}
 
+    def identity(self) -> dict[str, Any]:
+        """`as_dict` without how many processes trained, which changes no number but its last digits."""
+        return with_later_settings(self.as_dict())
+
     def __post_init__(self) -> None:
         """Refuse values out of range with a ConfigError."""
         check_preprocessing(self.preprocessing)
@@ -199,24 +222,32 @@ class FitConfig:
 
 
 def with_later_settings(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a recorded run as this version would have recorded them.
+    """The settings of a recorded run as this version would have recorded them: `FitConfig.identity`.
 
     Args:
-        recorded: `FitConfig.as_dict` of the run, possibly spelled by an earlier version or older than some settings.
+        recorded: Those of the run, possibly spelled by an earlier version or older than some settings.
 
     Returns:
         A copy with the settings it lacks; a setting whose default changed what a run does is never filled in.
     """
-    later = {"keep_checkpoints": False, "synthetic": 0}
+    later = {"keep_checkpoints": False, "synthetic": 0, "accumulate": 1}
     training, method, scoring = (recorded.get(group) for group in ("training", "method", "scoring"))
     teachers = {role: recorded.get(role) for role in ("teacher", "global_teacher")}
     return {
         **recorded,
         **{role: {"blocks": None, **each} for role, each in teachers.items() if isinstance(each, dict)},
-        **({"training": {**later, **training}} if isinstance(training, dict) else {}),
+        **({"training": _without(_PROCESSES, {**later, **training})} if isinstance(training, dict) else {}),
         **({"scoring": {"levels": "sum", **scoring}} if isinstance(scoring, dict) else {}),
         **({"method": MethodConfig.from_dict(method).as_dict()} if isinstance(method, dict) else {}),
     }
+
+
+#: How many processes train; a run may go on with another number of them.
+_PROCESSES = ("devices", "strategy")
+
+
+def _without(names: tuple[str, ...], settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in names}
 
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:

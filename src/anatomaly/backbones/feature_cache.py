@@ -15,7 +15,7 @@ import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 #: Part of every entry's name; raise it when reading, preprocessing or a teacher's code changes what features come out.
 FORMAT = 1
 _LARGEST = 65504.0  # of float16
+_EXCHANGED = 8  # entries of every process that are under way at a time
 
 
 class Teacher(Protocol):
@@ -168,6 +169,18 @@ class FeatureCache:
 
             if not self._entries(teachers, images[start : start + batch_size], load_part)[1]:
                 return
+
+    def exchange(self, gather: Callable[[Any], Sequence[Any]]) -> None:
+        """Keep what the stores of other processes hold in memory, as far as the budget reaches; each calls this.
+
+        Args:
+            gather: Gives every process's argument to all of them.
+        """
+        own = list(self._memory.items())
+        for start in range(0, max(gather(len(own))), _EXCHANGED):
+            for entries in gather(own[start : start + _EXCHANGED]):
+                for name, entry in entries:
+                    self._keep_in_memory(name, entry)
 
     def _entries(
         self, teachers: Mapping[str, Teacher], images: Sequence[str], load: Load

@@ -243,7 +243,7 @@ def keys_of(grid: Grid, lists: SupportLists) -> dict[Cell, dict[str, Any]]:
         tasks = tuple(grid.manifest.tasks) if entry.trained and grid.protocol == "few_shot" else (cell.task,)
         if tasks not in prints:
             prints[tasks] = _fingerprint(grid.manifest.select(task=tasks))
-        settings = settings_of(grid, cell).as_dict()
+        settings = settings_of(grid, cell).identity()
         if entry.peer is not None:
             settings = {name: settings[name] for name in _OF_PEERS}
         facts = {

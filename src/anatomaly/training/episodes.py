@@ -15,14 +15,24 @@ from anatomaly.errors import ConfigError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from anatomaly.training.parts import Part
     from anatomaly.types import Features
 
 
 class Batch(NamedTuple):
-    """B episodes by name and level: query tensors (B, ...) and the supports' deepest level (B, K, ...); K may be 0."""
+    """B episodes by name and level, and what they are of a larger batch; see `parts.Part`.
+
+    Attributes:
+        query: Tensors (B, ...).
+        support: The supports' levels (B, K, ...); K may be 0.
+        share: What the mean over these episodes counts in that of the batch.
+        alone: Every process has these same episodes.
+    """
 
     query: Features
     support: Features
+    share: float = 1.0
+    alone: bool = False
 
 
 class EpisodeSampler(Sampler[tuple[int, ...]]):
@@ -94,7 +104,7 @@ def members_of(tasks: Sequence[str], shots: int) -> dict[str, NDArray[np.int64]]
 
 
 class Episodes(Dataset[Batch]):
-    """Turn a batch of drawn indices into tensors in one go.
+    """Turn a part of a batch, drawn indices, into tensors in one go.
 
     Args:
         support_levels: Levels that the loss wants of the supports; it gets all of the query.
@@ -107,10 +117,10 @@ class Episodes(Dataset[Batch]):
     ) -> None:
         self.fetch, self.support_levels = fetch, support_levels
 
-    def __getitems__(self, episodes: list[tuple[int, ...]]) -> Batch:
-        index = torch.tensor(episodes)  # (B, 1 + K)
+    def __getitems__(self, part: Part) -> Batch:
+        index = torch.tensor(part.episodes)  # (B, 1 + K)
         support = self.fetch(index[:, 1:], self.support_levels) if index.shape[1] > 1 else {}
-        return Batch(self.fetch(index[:, 0], slice(None)), support)
+        return Batch(self.fetch(index[:, 0], slice(None)), support, part.share, part.alone)
 
 
 def as_is(batch: Any) -> Batch:

@@ -26,7 +26,8 @@ from anatomaly.methods import METHODS, build_method
 from anatomaly.presets import load_preset
 from anatomaly.scoring import scale_from_normals
 from anatomaly.training.loaders import Preparation, synthetic_images_of
-from anatomaly.training.student import train_student
+from anatomaly.training.processes import processes_of, train_in_processes
+from anatomaly.training.student import load_best, train_student
 from anatomaly.training.validation import VALIDATION_IMAGES
 
 if TYPE_CHECKING:
@@ -50,9 +51,10 @@ def fit(
 ) -> Detector:
     """Train on a manifest's normal training images and write a bundle.
 
-    A run that was killed goes on where it stopped when called again with the same data and settings.  The same data and
-    settings give the same weights on the same machine and number of threads, whatever the order of the rows; another
-    number of threads rounds differently, and training multiplies that (weights have been seen to move by 0.006).
+    A run that was killed goes on where it stopped when called again with the same data and settings, also with another
+    number of processes (`TrainingConfig.devices`).  The same data and settings give the same weights on the same
+    machine, numbers of threads and processes, whatever the order of the rows; other numbers round differently, and
+    training multiplies that (weights have been seen to move by 0.006).
 
     Args:
         manifest: Rows of split "train" (normal) are trained on, normal rows of split "val" choose the checkpoint; a
@@ -79,6 +81,8 @@ def fit(
         config = replace(config, teacher=own[0], global_teacher=own[1] if own[1:] else config.global_teacher)
     precision = config.training.precision
     device = choose_device(config.training.device, precision)
+    learns = record.trained and config.training.epochs > 0
+    processes = processes_of(config, device, teachers is not None) if learns else 0
     manifest = _in_order(manifest).with_hashes()
     train, held_out = normals_to_train_on(manifest), replace(manifest, samples=())
     if record.trained:
@@ -92,11 +96,16 @@ def fit(
     rules = _resolve(config, train, on_progress)
     facts = ModelFacts.of(config.method, method, _training_facts(config, manifest, train) if record.trained else None)
     prepare = Preparation(config.preprocessing, rules, device)
-    if record.trained and config.training.epochs > 0:
+    if learns:
+        folder = out / "training"
+        if processes:
+            trained = train_in_processes(processes, train, held_out, prepare, folder, config, on_progress)
+            load_best(method, folder)
         method.to(device)
         for teacher in method.teachers.values():
             teacher.to(device)
-        trained = train_student(method, train, held_out, prepare, out / "training", config, on_progress)
+        if not processes:
+            trained = train_student(method, train, held_out, prepare, folder, config, on_progress)
         facts = replace(facts, training={**facts.training, **trained})
     detector = Detector(
         method,
@@ -197,7 +206,7 @@ def _read(rows: Manifest, on_progress: Callable[[int, int, str], None]) -> Itera
 
 def _finished(out: Path, config: FitConfig, manifest: Manifest) -> bool:
     """Say whether `out` holds this run complete; refuse to mix it with another one."""
-    wanted = json.loads(json.dumps({"data": manifest.fingerprint(), **config.as_dict()}))
+    wanted = json.loads(json.dumps({"data": manifest.fingerprint(), **config.identity()}))
     record = out / "training" / "run.json"
     try:
         found = with_later_settings(read_json(record, finite=False))

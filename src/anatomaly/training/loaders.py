@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from anatomaly.backbones.feature_cache import FeatureCache, image_key
@@ -16,6 +17,7 @@ from anatomaly.errors import ReadError
 from anatomaly.synthetic.phantom import is_drawn
 from anatomaly.training.episodes import Batch, Episodes, EpisodeSampler, as_is
 from anatomaly.training.lesion_episodes import LesionEpisodes, StepSampler, synthetic_images
+from anatomaly.training.parts import ALONE, Parts, Ranks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -67,19 +69,22 @@ def training_loader(
     on_progress: Callable[[int, int, str], None] = lambda done, total, unit: None,
     *,
     record: MethodRecord,
+    ranks: Ranks = ALONE,
 ) -> DataLoader[Batch]:
     """Batches of training rows, drawn as the method learns from them (`MethodRecord.learns_from`).
 
-    `on_progress` is called with how many of how many "images" are read.
+    `on_progress` is called with how many of how many "images" are read.  Of several processes each gets its parts of
+    the batches; methods that learn from lesions train in one.
     """
-    fetch = _source(method, rows, prepare, settings, on_progress)
+    fetch = _source(method, rows, prepare, settings, on_progress, ranks)
     if record.learns_from == "lesions":
         return _lesion_loader(method, rows, fetch, prepare, settings)
     tasks = [sample.task for sample in rows]
     shots = 0 if record.learns_from == "normals" else settings.shots
     sampler = EpisodeSampler(tasks, shots=shots, resample=settings.resample, seed=settings.seed)
     episodes = Episodes(fetch, support_levels=slice(-1, None) if record.deepest_support else slice(None))
-    return DataLoader(episodes, batch_size=settings.batch_size, sampler=sampler, collate_fn=as_is)
+    parts = Parts(sampler, batch_size=settings.batch_size, accumulate=settings.accumulate, ranks=ranks)
+    return DataLoader(episodes, batch_sampler=parts, collate_fn=as_is)  # type: ignore[arg-type]  # a part is no list
 
 
 def _lesion_loader(
@@ -118,6 +123,13 @@ def _lesion_loader(
     return DataLoader(episodes, batch_size=None, sampler=StepSampler())
 
 
+def all_gather(what: Any) -> list[Any]:
+    """What every process of this training has at this place, in the order of their ranks."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, what)
+    return found
+
+
 def synthetic_images_of(rows: Iterable[Sample], settings: TrainingConfig) -> int:
     """Images of each built-in task that join those with lesions: none where the rows are built-in images themselves."""
     drawn = any(is_drawn(file) for file in {row.task: row.path for row in rows}.values())
@@ -130,8 +142,12 @@ def _source(
     prepare: Preparation,
     settings: TrainingConfig,
     on_progress: Callable[[int, int, str], None],
+    ranks: Ranks,
 ) -> Callable[[Tensor, slice], Features]:
-    """Teacher features of training rows by index, computed once per image as far as the cache's budgets reach."""
+    """Teacher features of training rows by index, computed once per image as far as the cache's budgets reach.
+
+    Each of several processes computes its share of them and gets those of the others.
+    """
     disk = settings.cache_disk_gib * 2**30
     cache = FeatureCache(
         memory_bytes=settings.cache_gib * 2**30,
@@ -146,12 +162,16 @@ def _source(
     def load(positions: Sequence[int]) -> Tensor:
         return torch.cat(list(prepare.inputs([rows[i] for i in positions])))
 
+    own = ranks.own(range(len(rows)))
+
     def load_and_tell(positions: Sequence[int]) -> Tensor:
-        images = load(positions)
-        on_progress(positions[-1] + 1, len(rows), "images")
+        images = load([own[i] for i in positions])
+        on_progress(min(len(rows), (positions[-1] + 1) * ranks.size), len(rows), "images")
         return images
 
-    cache.fill(method.teachers, keys, load_and_tell)
+    cache.fill(method.teachers, [keys[i] for i in own], load_and_tell)
+    if ranks.size > 1:
+        cache.exchange(all_gather)
 
     def fetch(index: Tensor, levels: slice) -> Features:
         flat = index.flatten().tolist()

@@ -13,14 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import lightning
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy
 
 from anatomaly.detector.bundle import read_tensors, write_tensors
 from anatomaly.files import output_error, write_whole
 from anatomaly.methods import METHODS
 from anatomaly.training.episodes import Batch
 from anatomaly.training.loaders import Preparation, training_loader
+from anatomaly.training.parts import ALONE, Ranks
+from anatomaly.training.shared_norm import share_norms
 from anatomaly.training.validation import Validation
 
 if TYPE_CHECKING:
@@ -48,19 +52,28 @@ class StudentTraining(lightning.LightningModule):
         validate: Returns the validation figures of the method as it is; "val_auroc" decides, "val_images" is said.
         folder: Where the best weights and `progress.jsonl` go.
         config: All settings.
+        ranks: Which of how many processes this is; the first one validates and writes.
     """
 
     def __init__(
-        self, method: Method, validate: Callable[[], dict[str, float]], folder: Path, config: FitConfig
+        self,
+        method: Method,
+        validate: Callable[[], dict[str, float]],
+        folder: Path,
+        config: FitConfig,
+        ranks: Ranks = ALONE,
     ) -> None:
         super().__init__()
         self.method = method
         self.validate = validate
         self.folder = folder
         self.config = config.training
+        self.ranks = ranks
+        self.norms = share_norms(self.method) if ranks.size > 1 else []
         self.best: dict[str, float] = {"val_auroc": -1.0, "best_epoch": -1.0}
         self._started = time.perf_counter()
         self._losses: list[dict[str, Tensor]] = []
+        self._shares: list[float] = []
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam with both releases' betas; the schedule moves once an epoch."""
@@ -75,27 +88,47 @@ class StudentTraining(lightning.LightningModule):
     def on_train_start(self) -> None:
         """Forget epochs that were noted in `progress.jsonl` but not saved any more before the run was killed."""
         file = self.folder / "progress.jsonl"
-        if file.is_file():
+        if self.ranks.rank == 0 and file.is_file():
             lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
             write_whole(file, "".join(lines[: self.current_epoch]).encode())
 
     def training_step(self, batch: Batch) -> Tensor:
-        """Loss of B episodes, whose teacher features come with the batch."""
+        """Loss of B episodes, whose teacher features come with the batch, times what they count in the whole batch.
+
+        The mean over the processes and steps, which DDP and Lightning take, is then the loss of the whole batch.
+        """
+        for norm in self.norms:
+            norm.alone = batch.alone
         losses = self.method.training_loss(batch.query, batch.support)
-        self.log_dict(losses, prog_bar=True, batch_size=self.config.batch_size)
-        self._losses.append({name: loss.detach() for name, loss in losses.items()})
-        return losses["total"]
+        self._losses.append({name: batch.share * loss.detach() for name, loss in losses.items()})
+        self._shares.append(batch.share)
+        return losses["total"] * (batch.share * self.ranks.size * self.config.accumulate)
 
     def on_train_epoch_end(self) -> None:
         """Append the epoch's figures to `progress.jsonl`; every few epochs validate and keep the best weights."""
-        epoch = self.current_epoch
-        mean = {name: float(torch.stack([step[name] for step in self._losses]).mean()) for name in self._losses[0]}
-        figures: dict[str, float] = {"epoch": epoch, **mean}
-        self._losses.clear()
-        if (epoch + 1) % self.config.validate_every == 0 or epoch + 1 == self.config.epochs:
+        mean, validated = self._mean_losses(), {}
+        if (self.current_epoch + 1) % self.config.validate_every == 0 or self.current_epoch + 1 == self.config.epochs:
             self.method.eval()
-            figures |= self.validate()
+            validated = self.trainer.strategy.broadcast(self.validate())
             self.method.train()
+        if self.ranks.rank == 0:
+            self._note(mean, validated)
+
+    def _mean_losses(self) -> dict[str, float]:
+        """The mean over all batches of the epoch, of all processes together."""
+        sums = torch.stack([torch.stack([step[name] for step in self._losses]).sum() for name in self._losses[0]])
+        batches = torch.tensor(self._shares, device=sums.device).sum()  # a batch's shares add up to 1
+        whole = self.trainer.strategy.reduce(torch.cat([sums, batches[None]]), reduce_op="sum")
+        means = dict(zip(self._losses[0], (whole[:-1] / whole[-1]).tolist(), strict=True))
+        self._losses.clear()
+        self._shares.clear()
+        return means
+
+    def _note(self, mean: dict[str, float], validated: dict[str, float]) -> None:
+        """Write down an epoch's figures, and its weights where they are the best so far."""
+        epoch = self.current_epoch
+        figures: dict[str, float] = {"epoch": epoch, **mean, **validated}
+        if validated:
             if self.config.keep_checkpoints:
                 write_tensors(self.folder / f"epoch_{epoch}.safetensors", self.method.state_dict())
             if figures["val_auroc"] > self.best["val_auroc"]:
@@ -117,7 +150,7 @@ class StudentTraining(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store which epoch was best so far."""
-        checkpoint["best"] = self.best
+        checkpoint["best"] = self.best  # the first process alone writes it
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore which epoch was best so far."""
@@ -152,6 +185,33 @@ class Steps(Callback):
         self.on_progress(trainer.global_step, int(trainer.estimated_stepping_batches), "steps")
 
 
+def load_best(method: Method, folder: Path) -> None:
+    """Give a method the best weights of the training in `folder`."""
+    method.load_state_dict(read_tensors(folder / _BEST))
+
+
+class _Started(LightningEnvironment):
+    """Tells Lightning that all processes run, on one machine, and which one this is."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        super().__init__()
+        self.set_world_size(ranks.size)
+        self.set_global_rank(ranks.rank)
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        return True
+
+    def local_rank(self) -> int:
+        return self.global_rank()
+
+
+def _together(ranks: Ranks) -> DDPStrategy:
+    """Lightning's DDP in a group of processes that exists."""
+    # Settings may leave parts of a method unused; statistics of shared norms are the same everywhere.
+    return DDPStrategy(cluster_environment=_Started(ranks), find_unused_parameters=True, broadcast_buffers=False)
+
+
 def train_student(
     method: Method,
     train: Manifest,
@@ -160,13 +220,19 @@ def train_student(
     folder: Path,
     config: FitConfig,
     on_progress: Callable[[int, int, str], None],
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
-    """Run Lightning's loop, load the best weights into the method and return the best epoch and its figure."""
-    settings = config.training
+    """Run Lightning's loop, load the best weights into the method and return the best epoch and its figure.
+
+    With `ranks` this is one process of a group that exists already; the first one's figure is the valid one.
+    """
+    settings, strategy = config.training, "auto" if ranks is None else _together(ranks)
+    ranks = ranks or ALONE
     rows = sorted(train.samples, key=lambda sample: sample.task)  # read task by task; sorting is stable
-    loader = training_loader(method, rows, prepare, settings, on_progress, record=METHODS[config.method.name])
-    validate = Validation(method, train, held_out, prepare, config)
-    module = StudentTraining(method, validate, folder, config)
+    record = METHODS[config.method.name]
+    loader = training_loader(method, rows, prepare, settings, on_progress, record=record, ranks=ranks)
+    validate = Validation(method, train, held_out, prepare, config) if ranks.rank == 0 else dict
+    module = StudentTraining(method, validate, folder, config, ranks)
     callbacks = [ModelCheckpoint(folder, filename="last", enable_version_counter=False), Steps(on_progress)]
     last = folder / "last.ckpt"
     with warnings.catch_warnings():
@@ -175,7 +241,9 @@ def train_student(
         trainer = lightning.Trainer(
             max_epochs=settings.epochs,
             accelerator="gpu" if prepare.device == "cuda" else "cpu",
-            devices=1,
+            devices=ranks.size,
+            strategy=strategy,
+            accumulate_grad_batches=settings.accumulate,
             precision="bf16-mixed" if settings.precision == "bf16" else "32-true",
             gradient_clip_val=settings.gradient_clip or None,
             callbacks=callbacks,
@@ -190,5 +258,5 @@ def train_student(
         except SystemExit:  # Lightning's answer to Ctrl-C, which it ignores from then on
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt from None
-    method.load_state_dict(read_tensors(folder / _BEST))
+    load_best(method, folder)
     return {**module.best, "best_epoch": int(module.best["best_epoch"])}
