@@ -45,7 +45,9 @@ def serve() -> None:
     end_with_parent()
     code = 1
     try:
-        tell("best", _train(task, tell))
+        best = _train(task, tell)
+        if task["rank"] == 0:
+            tell("best", best)
         code = 0
     except AnatomalyError as err:
         tell(type(err).__name__, str(err))
