@@ -45,6 +45,7 @@ def test_the_ends_of_the_ranges_are_valid():
         ("cache_gib", [-1.0, math.nan]),
         ("precision", ["fp16"]),
         ("device", ["tpu"]),
+        ("accumulate", [0, -1]),
         ("keep_checkpoints", ["yes", 1]),
     ],
 )

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from anatomaly.errors import ConfigError
 from anatomaly.training.episodes import Batch, Episodes, EpisodeSampler, as_is
+from anatomaly.training.parts import Parts
 
 TASKS = ["brain"] * 5 + ["lung"] * 4 + ["brain"] * 2 + ["eye"] * 9
 
@@ -98,9 +99,8 @@ def test_episodes_become_one_batch_of_tensors():
 
     sampler = EpisodeSampler(TASKS, shots=3)
     sampler.set_epoch(2)
-    batches = list(
-        DataLoader(Episodes(fetch, support_levels=slice(-1, None)), batch_size=8, sampler=sampler, collate_fn=as_is)
-    )
+    episodes = Episodes(fetch, support_levels=slice(-1, None))
+    batches = list(DataLoader(episodes, batch_sampler=Parts(sampler, batch_size=8), collate_fn=as_is))
     assert all(isinstance(batch, Batch) for batch in batches)
     assert [len(batch.query["teacher"][0]) for batch in batches] == [8, 8, 4]
     drawn = torch.tensor(epoch(2)).float()
@@ -112,7 +112,7 @@ def test_episodes_become_one_batch_of_tensors():
 
 def test_without_shots_there_is_no_support():
     sampler = EpisodeSampler(TASKS, shots=0)
-    loader = DataLoader(Episodes(lambda index, _: {"x": [index]}), batch_size=7, sampler=sampler, collate_fn=as_is)
-    batches = list(loader)
+    parts = Parts(sampler, batch_size=7)
+    batches = list(DataLoader(Episodes(lambda index, _: {"x": [index]}), batch_sampler=parts, collate_fn=as_is))
     assert all(batch.support == {} for batch in batches)
     assert sorted(torch.cat([batch.query["x"][0] for batch in batches]).tolist()) == list(range(len(TASKS)))

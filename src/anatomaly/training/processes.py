@@ -34,7 +34,11 @@ if TYPE_CHECKING:
     from anatomaly.data.manifest import Manifest
     from anatomaly.training.loaders import Preparation
 
-_BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from anatomaly.training import rank; rank.serve()"
+#: Ctrl-C reaches all processes of a terminal, from their first moment; this one ends the others.
+_BOOT = (
+    "import json, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); sys.path[:] = json.loads(sys.argv[1]); "
+    "from anatomaly.training import rank; rank.serve()"
+)
 #: All processes are on this machine, so nothing listens to another one.
 _LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 #: Seconds in which the first cause of a failure may still be told, after another process has noticed it.

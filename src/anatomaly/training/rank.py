@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import sys
 import threading
 import traceback
@@ -38,10 +37,12 @@ _PATIENCE = timedelta(days=1)
 
 def serve() -> None:
     """Train as the line on standard input says, and end with this process's parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends them
     tell = _Teller(FileIO(os.dup(1), "w"))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # libraries print
-    task = json.loads(sys.stdin.readline())
+    line = sys.stdin.readline()
+    if not line:  # the parent has gone already
+        os._exit(1)
+    task = json.loads(line)
     end_with_parent()
     code = 1
     try:
