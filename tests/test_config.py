@@ -168,7 +168,7 @@ def test_an_unknown_rule_is_refused():
 
 def test_a_recorded_run_gets_the_settings_that_came_later():
     recorded = {"data": "abc", "training": {"epochs": 3}, "teacher": {"name": "a"}, "scoring": {"blur": 4.0}}
-    later = {"keep_checkpoints": False, "synthetic": 0}
+    later = {"keep_checkpoints": False, "synthetic": 0, "accumulate": 1}
     assert with_later_settings(recorded) == {
         **recorded,
         "training": {**later, "epochs": 3},
@@ -177,8 +177,10 @@ def test_a_recorded_run_gets_the_settings_that_came_later():
     }
     assert Scoring().levels == "sum"
     assert recorded["training"] == {"epochs": 3}, "the record itself is left alone"
-    for known in ({"keep_checkpoints": True}, {"synthetic": 50}):
+    for known in ({"keep_checkpoints": True}, {"synthetic": 50}, {"accumulate": 2}):
         assert with_later_settings({"training": known}) == {"training": {**later, **known}}
+    processes = {"devices": 8, "strategy": "ddp"}
+    assert with_later_settings({"training": processes}) == {"training": later}, "how many they are is no part of a run"
     defaults = TrainingConfig()
     assert {name: getattr(defaults, name) for name in later} == later, "today's defaults do what those runs did"
     assert with_later_settings({}) == {}
