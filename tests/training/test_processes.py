@@ -72,6 +72,12 @@ def same_curve(one, other, *, rtol=5e-5):
     assert 0.8 < float(wanted @ got / (wanted @ wanted)) < 1.25
 
 
+def spread(out):
+    """The running variances of the batch norms, of the deepest block of PDD's first student."""
+    state = torch.load(out / "training/last.ckpt", weights_only=True)["state_dict"]
+    return torch.cat([state[f"method.students.0.layer1.0.bn{norm}.running_var"] for norm in (1, 3)])
+
+
 def gradients(out):
     """Adam's running mean of them."""
     state = torch.load(out / "training/last.ckpt", weights_only=True)["optimizer_states"][0]["state"]
@@ -205,6 +211,7 @@ def test_pdd_learns_in_two_processes_what_it_does_in_one(scans, tmp_path, one_te
     assert [each.getMessage()[:13] for each in caplog.records] == ["epoch 0: loss", "epoch 1: loss"], "one tells it"
     one, _ = whole_runs(settings("pdd", epochs=2, keep_checkpoints=True), fewer)
     same_curve(one, out)
+    assert float((spread(out) - spread(one)).norm() / spread(one).norm()) < 1e-3, "as many values as there are"
     files = sorted(file.name for file in (out / "training").iterdir())
     assert files == sorted(file.name for file in (one / "training").iterdir())
     facts = [json.loads((each / "config.json").read_text())["training"] for each in (out, one)]

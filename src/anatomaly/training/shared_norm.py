@@ -40,9 +40,10 @@ class SharedBatchNorm(_BatchNorm):
         if self.track_running_stats:
             self._remember(mean.detach(), (variance * total / (total - 1).clamp(min=1)).detach())
         scale = torch.rsqrt(variance + self.eps) * (1.0 if self.weight is None else self.weight)
-        shift = (0.0 if self.bias is None else self.bias) - mean * scale
         shape = (1, -1, *[1] * (values.ndim - 2))
-        return torch.addcmul(shift.view(shape), values, scale.view(shape)).to(input.dtype)
+        # Centred first: where the mean is large, the gradient of a scaled and shifted tensor is a difference of others.
+        found = (values - mean.view(shape)) * scale.view(shape)
+        return (found if self.bias is None else found + self.bias.view(shape)).to(input.dtype)
 
     @staticmethod
     def _rows(mine: Tensor) -> Tensor:
