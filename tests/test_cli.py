@@ -463,7 +463,8 @@ def test_a_nifti_volume_gives_a_row_per_slice_and_a_volume_of_maps(run, world, t
     words = ("--images", tmp_path / "head.nii.gz", "--support", world / "normals", *intensity)
     code, out, _ = run(*predict(world, tmp_path / "out", *words))
     assert code == 0
-    assert out.startswith("3 images scored")
+    assert "3 images scored" in out
+    assert out.startswith("3 of 3 images: of a NIfTI file where the support images are of picture files")
     assert [row["frame"] for row in read_scores(tmp_path / "out/scores.csv")] == [0, 1, 2]
     maps = nibabel.load(tmp_path / "out/maps/head_map.nii.gz")
     assert maps.shape == voxels.shape
