@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import warnings
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from anatomaly.errors import AnatomalyError, NotReadyError
+from anatomaly.errors import AnatomalyError, ConfigError, NotReadyError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from concurrent.futures import Future
 
 #: Ray reports nothing to anybody, and tells a user nothing that is not about the work.
 _QUIET = {
@@ -32,6 +33,7 @@ def require_ray() -> None:
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", module=r"ray\.")
     try:
         import pyarrow.parquet  # noqa: F401
         import ray  # noqa: F401
@@ -61,12 +63,14 @@ def connected(
         _reach(address)
         options = {"address": address}
     try:
-        ray.init(**options, logging_level=logging.ERROR, log_to_driver=False)
+        with _hushed():
+            ray.init(**options, logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, ValueError, RuntimeError, OSError) as err:
         where = address or "on this machine"
         raise NotReadyError(f"engine ray: no cluster {where} ({_line(err)[:200]}).") from err
     try:
-        yield dict(ray.cluster_resources())
+        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call, unused-ignore]
+        yield resources
     finally:
         ray.shutdown()
 
@@ -96,22 +100,66 @@ def told_in_a_line() -> Iterator[None]:
 
 
 class Tasks:
-    """Calls that run anywhere in the cluster, as `concurrent.futures` has them.
+    """Calls that run anywhere in the cluster: what `concurrent.futures` calls an executor, as far as it is needed.
 
     Args:
         processors: That a call takes.
-        graphics: GPUs that a call takes.
+        gpus: That a call takes.
+        at_once: Calls that the cluster has room for.
     """
 
-    def __init__(self, processors: int, graphics: float = 0) -> None:
-        self._options = {"num_cpus": processors, "num_gpus": graphics, "max_retries": 0}
+    def __init__(self, processors: int, gpus: int, at_once: int) -> None:
+        self.processors, self.at_once = processors, at_once
+        self._options = {"num_cpus": processors, "num_gpus": gpus, "max_retries": 0}
 
     def submit(self, call: Callable[..., None], *arguments: Any) -> Future[None]:
-        """Run `call` as soon as there is room; what the arguments say of folders must hold on every machine."""
+        """Run `call` as soon as there is room; its future fails with what was raised there."""
         import ray
 
-        found: Future[None] = ray.remote(call).options(**self._options).remote(*arguments).future()
-        return found
+        told: Future[None] = Future()
+
+        def end(done: Future[None]) -> None:
+            if (err := done.exception()) is None:
+                told.set_result(None)
+            else:
+                told.set_exception(getattr(err, "cause", None) or NotReadyError(_line(err)[:200] + "."))
+
+        ray.remote(call).options(**self._options).remote(*arguments).future().add_done_callback(end)
+        return told
+
+
+@contextmanager
+def tasks(address: str | None, *, processors: int, each: int, use_gpus: bool) -> Iterator[Tasks]:
+    """Be part of a cluster whose machines take calls.
+
+    Args:
+        address: As in `connected`.
+        processors: Of this machine.
+        each: Processors that a call takes.
+        use_gpus: Give every call a GPU where there are any.
+
+    Raises:
+        NotReadyError: As `connected`.
+        ConfigError: The cluster has fewer processors than a call takes.
+    """
+    with connected(address, processors=processors) as found:
+        room, gpus = int(found.get("CPU", 0)) // each, int(found.get("GPU", 0)) * use_gpus
+        if not room:
+            raise ConfigError(f"cell_cores: got {each}, the cluster has {int(found.get('CPU', 0))} processors.")
+        yield Tasks(each, min(gpus, 1), min(room, gpus or room))
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Let nothing through to standard error: Ray's native part says there that it was told to say nothing."""
+    shown = os.dup(2)
+    with open(os.devnull, "wb") as nothing:  # noqa: PTH123 no path of the user's
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(shown, 2)
+        os.close(shown)
 
 
 def _reach(address: str) -> None:

@@ -110,7 +110,7 @@ def write_images(
                 writer = pq.ParquetWriter(folder / f"{number // _CHUNKS_PER_FILE:06d}.parquet", SCHEMA)
             assert writer is not None
             writer.write_batch(batch)
-            digest.update(batch.serialize())
+            digest.update(_plain(batch).serialize())
             rows += batch.num_rows
     except OSError as err:
         raise output_error(folder, err) from err
@@ -138,6 +138,11 @@ def _chunks(pieces: Iterable[pa.Table], chunk: int) -> Iterator[pa.RecordBatch]:
 def _one(table: pa.Table) -> pa.RecordBatch:
     columns = [pa.concat_arrays(column.chunks) for column in table.columns]
     return pa.record_batch(columns, schema=SCHEMA)
+
+
+def _plain(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The same as text without gaps, which lies in memory in one way only."""
+    return pa.record_batch([pc.fill_null(column.cast(pa.string()), "\0") for column in batch.columns], SCHEMA.names)
 
 
 def _pieces(source: str, task: str, tell: Callable[[str], None]) -> Iterator[pa.Table]:
@@ -247,12 +252,13 @@ def _checked(batch: pa.RecordBatch, source: str, where: str, task: str) -> pa.Ta
         absolute = pc.match_substring_regex(path, _ABSOLUTE)
         path = pc.if_else(absolute, path, pc.binary_join_element_wise(where, path, ""))
     named = columns["task"].cast(pa.string()) if "task" in columns else pa.nulls(rows, pa.string())
+    patient = columns["patient_id"].cast(pa.string()) if "patient_id" in columns else pa.nulls(rows, pa.string())
     made = {
         "path": path,
         "frame": _frames(columns.get("frame"), source),
         "task": pc.if_else(pc.equal(pc.fill_null(named, ""), ""), task, named),
         "label": _labels(columns.get("label"), source),
-        "patient_id": columns["patient_id"].cast(pa.string()) if "patient_id" in columns else None,
+        "patient_id": pc.if_else(pc.equal(patient, ""), None, patient),
         "whole": pa.array([False] * rows),
     }
     arrays = [pa.nulls(rows, field.type) if made[field.name] is None else made[field.name] for field in SCHEMA]

@@ -30,7 +30,7 @@ def open_remote(address: str) -> tuple[Any, str]:
     try:
         files, path = fsspec.core.url_to_fs(address)
     except ImportError as err:
-        raise NotReadyError(f"{address}: {' '.join(str(err).split())}. Install that package.") from err
+        raise NotReadyError(f"{address}: {' '.join(str(err).split()).rstrip('.')}.") from err
     except Exception as err:  # every file system has errors of its own
         raise ManifestError(f"{address}: cannot be reached ({_reason(err)}).") from err
     return files, path

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from anatomaly.commands.console import ended_by_signal, fail, say
 from anatomaly.commands.progress import progress
 from anatomaly.commands.ready import ready_detector
-from anatomaly.errors import ConfigError
+from anatomaly.errors import ConfigError, ManifestError
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -49,6 +49,8 @@ def check_engine(options: Namespace) -> None:
         )
     if len(options.images) > 1:
         raise ConfigError(f"predict: --engine ray takes one table or folder as --images, got {len(options.images)}.")
+    if "://" not in options.images[0] and not Path(options.images[0]).exists():
+        raise ManifestError(f"{options.images[0]}: no such file or folder.")
     if "://" in options.out:
         raise ConfigError(f"predict: --out is {options.out}, expected a folder of this machine or a shared one.")
     require_ray()
@@ -56,13 +58,14 @@ def check_engine(options: Namespace) -> None:
 
 def run_archive(options: Namespace) -> int:
     """Run `predict --engine ray`."""
-    import torch
-
-    from anatomaly.archive.run import predict_to_table
     from anatomaly.archive.shares import Plan
 
     own = {name: options[name] for name in _OF_ARCHIVES if options[name] is not None}
     plan = Plan(**own, batch_size=options.batch_size, device=options.device, maps=bool(options.maps))
+    import torch  # takes seconds to load
+
+    from anatomaly.archive.run import predict_to_table
+
     detector, pictures = ready_detector(options, "predict")
     with progress("predict") as advance:
 

@@ -116,10 +116,10 @@ def histogram(
             drawn.append(f'<line class="cut" x1="{x}" x2="{x}" y1="0" y2="{_HEIGHT}"><title>{name}</title></line>')
     for reference in references:
         if math.isfinite(reference.score):
-            x = _WIDTH * ((reference.score / 2 - low) / spread)
+            place = _WIDTH * ((reference.score / 2 - low) / spread)
             name = f"{escaped(reference.name)}: {number(reference.score)}"
             top, foot = _HEIGHT + 3, _HEIGHT + _MARKS
-            shape = f"M{x:.1f} {top}l-5 {foot - top}h10z"
+            shape = f"M{place:.1f} {top}l-5 {foot - top}h10z"
             drawn.append(f'<path class="reference" d="{shape}"><title>{name}</title></path>')
     legend = "".join(f'<span class="{KINDS[k]}">{GROUPS[k]}</span>' for k in labels if labels != [None])
     legend += '<span class="reference">references, each judged by the others</span>' if normals else ""
