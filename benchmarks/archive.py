@@ -35,7 +35,8 @@ from anatomaly.synthetic.phantom import write_benchmark
 
 COMMAND = [sys.executable, "-m", "anatomaly.cli"]
 ROLES = {"JudgeBatches": "judge", "ReadChunks": "read", "readers.answer": "decode", "raylet/raylet": "store"}
-RAY = ["--engine", "ray", "--actors", "2", "--readers", "1"]
+CHUNK = 32
+RAY = ["--engine", "ray", "--actors", "2", "--readers", "1", "--chunk", CHUNK]
 
 
 def main():
@@ -257,7 +258,7 @@ def rows_in(out):
     jsonl = out / "scores.jsonl"
     if jsonl.exists():
         return jsonl.read_bytes().count(b"\n")
-    return 256 * len(list(out.glob("table/*.parquet")))
+    return CHUNK * len(list(out.glob("table/*.parquet")))
 
 
 def memory_of(driver):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import threading
 import warnings
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -63,7 +65,7 @@ def connected(
         _reach(address)
         options = {"address": address}
     try:
-        with _hushed():
+        with _hushed(), _own_signals():
             ray.init(**options, logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, ValueError, RuntimeError, OSError) as err:
         where = address or "on this machine"
@@ -72,7 +74,8 @@ def connected(
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call, unused-ignore]
         yield resources
     finally:
-        ray.shutdown()
+        with _hushed():  # of what Ray says of work that was given up
+            ray.shutdown()
 
 
 @contextmanager
@@ -160,6 +163,15 @@ def _hushed() -> Iterator[None]:
     finally:
         os.dup2(shown, 2)
         os.close(shown)
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keep the handler of a polite kill, in whose place Ray puts one that aborts."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 def _reach(address: str) -> None:

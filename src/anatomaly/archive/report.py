@@ -191,6 +191,6 @@ def _summary(totals: Totals, cases: int) -> str:
         )
     for note, number in totals.notes.most_common(_REASONS):
         page += f'<p class="note">{number} of {count(totals.images, "image")}: {escaped(note)}.</p>'
-    if cases < totals.images:
+    if cases < totals.scored:
         page += f'<p class="note">The page shows the {cases} highest scores; the folder table holds all rows.</p>'
     return page
