@@ -34,7 +34,7 @@ from machine import machine
 from anatomaly.synthetic.phantom import write_benchmark
 
 COMMAND = [sys.executable, "-m", "anatomaly.cli"]
-ROLES = {"JudgeBatches": "judge", "ReadChunks": "read", "readers.answer": "decode", "raylet/raylet": "store"}
+ROLES = {"JudgeBatches": "judge", "ReadChunks": "read", "readers.answer": "decode"}
 CHUNK = 32
 RAY = ["--engine", "ray", "--actors", "2", "--readers", "1", "--chunk", CHUNK]
 
@@ -262,17 +262,23 @@ def rows_in(out):
 
 
 def memory_of(driver):
-    """MiB of the largest process of each role below a process, and of what they share."""
+    """MiB of the largest process of each role below a process, and of the store."""
     sizes = {}
     for pid, name in [(driver, "driver"), *descendants(driver)]:
         try:
             status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-            private, shared = (int(status[key].split()[0]) // 1024 for key in ("RssAnon", "RssShmem"))
+            private = int(status["RssAnon"].split()[0]) // 1024
         except (OSError, KeyError):
             continue
         role = "driver" if pid == driver else next((role for word, role in ROLES.items() if word in name), "ray")
-        sizes[role] = max(sizes.get(role, 0), shared if role == "store" else private)
-    return sizes
+        sizes[role] = max(sizes.get(role, 0), private)
+    return {**sizes, "store": shared_memory()}
+
+
+def shared_memory():
+    """MiB of the machine's shared memory that are taken: where Ray has its object store."""
+    found = os.statvfs("/dev/shm")
+    return (found.f_blocks - found.f_bfree) * found.f_frsize >> 20
 
 
 def descendants(of):
