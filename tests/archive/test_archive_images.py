@@ -50,6 +50,14 @@ def test_chunks_hold_so_many_rows_and_the_digest_does_not_ask_how_they_came(tmp_
     assert listed(tmp_path / "table.parquet", tmp_path / "other", task="mr").digest != found.digest
 
 
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+def test_a_column_that_is_misspelt_is_told(kind, tmp_path, caplog):
+    pq.write_table(pa.table({"path": ["a"], "lable": ["1"]}), tmp_path / "table.parquet")
+    (tmp_path / "table.csv").write_text("path,lable\na,1\nb,0\n")
+    listed(tmp_path / f"table.{kind}", tmp_path)
+    assert caplog.text.count("column lable is not read. Is it meant to be label?") == 1
+
+
 def test_a_parquet_table_says_what_a_csv_table_says(tmp_path):
     columns = {
         "Path": ["a.png", "/b.nii", "s3://c/d.dcm"],

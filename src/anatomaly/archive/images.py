@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from anatomaly.archive.remote import is_remote, list_remote, open_remote
 from anatomaly.data import words
 from anatomaly.data.listing import describe, list_files, sort_naturally, stem
-from anatomaly.data.manifest import is_plain_folder, is_table, load_manifest, row_of_csv
+from anatomaly.data.manifest import is_plain_folder, is_table, load_manifest, row_of_csv, tell_misspelt
 from anatomaly.data.spreadsheet import TABLE_SUFFIXES, read_rows
 from anatomaly.errors import AnatomalyError, ManifestError
 from anatomaly.files import output_error
@@ -198,7 +198,11 @@ def _some(items: Iterable[Any]) -> Iterator[list[Any]]:
 
 
 def _csv_rows(path: Path, task: str) -> Iterator[tuple[str, Sample]]:
+    told = False
     for number, cells in read_rows(path):
+        if not told:
+            tell_misspelt(cells, path)
+            told = True
         row = row_of_csv(cells, path.parent, task, f"{path}: row {number}")
         yield cells["path"] if is_remote(cells["path"]) else str(row.path), row
 
@@ -229,6 +233,7 @@ def _of_arrow(source: str, task: str) -> Iterator[pa.Table]:
         if "path" not in names:
             shown = ", ".join(table.schema.names[:20]) or "none"
             raise ManifestError(f"{source}: has no column path, got {shown}.")
+        tell_misspelt(names, source)
         wanted = {name: pc.field(names[name]) for name in SCHEMA.names if name in names and name != "whole"}
         where = source.rpartition("/")[0] if remote else str(Path(source).parent)
         for batch in table.to_batches(columns=wanted, batch_size=_PIECE):

@@ -280,7 +280,7 @@ def _read_csv(path: Path, task: str | None) -> list[Sample]:
     unclear: dict[str, str] = {}
     for number, cells in spreadsheet.read_rows(path):
         if not samples and not unclear:
-            _tell_misspelt(cells, path)
+            tell_misspelt(cells, path)
         label = cells.get("label", "")
         if label and words.meaning_of(label) is None:
             unclear.setdefault(label, f"row {number}")
@@ -295,7 +295,7 @@ def _read_csv(path: Path, task: str | None) -> list[Sample]:
     return samples
 
 
-def _tell_misspelt(columns: Iterable[str], path: Path) -> None:
+def tell_misspelt(columns: Iterable[str], path: str | Path) -> None:
     """Warn of columns that are not read and whose name is nearly that of one that is, and is not there."""
     there = {"mask" if name == "mask_path" else name for name in columns}
     for name in sorted(there - set(COLUMNS)):
