@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,7 +29,7 @@ from anatomaly.errors import ReadError
 from anatomaly.files import write_whole
 from anatomaly.results.folder import with_finite_score
 from anatomaly.results.rows import row_of
-from anatomaly.types import Image, Sample
+from anatomaly.types import Image, Origin, Sample
 
 if TYPE_CHECKING:
     from anatomaly.archive.images import ImageList
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from anatomaly.types import Prediction, Preprocessing
 
 _FACTS = ("frame", "task", "label", "patient_id")  # of a sample
+_OF_IMAGE = [each.name for each in fields(Image) if each.name not in ("pixels", "path")]
 
 
 class Item(NamedTuple):
@@ -162,7 +163,7 @@ class JudgeBatches:
         stack = np.frombuffer(inputs, np.float32).reshape(shape)
         known = json.loads(facts)
         arrays = iter(np.broadcast_to(each, (3, *each.shape[1:])) for each in stack)
-        loaded = [_unpacked(each, None if each["size"] is None else next(arrays)) for each in known]
+        loaded = [_unpacked(each, None if each["image"] is None else next(arrays)) for each in known]
         rows = []
         for number, prediction in enumerate(self.detector.judge(loaded, since=since), place):
             written = self._write_map(prediction, f"{chunk:06d}/{number:06d}.npy")
@@ -219,10 +220,10 @@ def _packed(batch: Sequence[tuple[Item, Loaded]], chunk: int, place: int, total:
 
 def _facts(item: Item, loaded: Loaded) -> dict[str, Any]:
     facts = {name: getattr(item.sample, name) for name in _FACTS}
-    facts |= {"path": item.path, "number": item.number, "error": loaded.error, "size": None}
+    facts |= {"path": item.path, "number": item.number, "error": loaded.error, "image": None}
     if loaded.prepared is not None:
         image = loaded.prepared.image
-        facts |= {"size": image.size, "sha256": image.sha256, "spacing": image.spacing, "note": image.note}
+        facts["image"] = {name: getattr(image, name) for name in _OF_IMAGE} | {"shape": image.pixels.shape}
     return facts
 
 
@@ -230,7 +231,9 @@ def _unpacked(facts: Mapping[str, Any], pixels: np.ndarray[Any, Any] | None) -> 
     sample = Sample(Path(facts["path"]), **{name: facts[name] for name in _FACTS})
     if pixels is None:
         return Loaded(sample, None, facts["error"])
-    nothing = np.broadcast_to(np.float32("nan"), (1, *facts["size"]))
-    spacing = facts["spacing"] and (facts["spacing"][0], facts["spacing"][1])
-    image = Image(nothing, None, sample.path, facts["sha256"], spacing=spacing, note=facts["note"])
+    told = dict(facts["image"])
+    nothing = np.broadcast_to(np.float32("nan"), told.pop("shape"))
+    pairs = {name: told[name] and tuple(told[name]) for name in ("value_range", "spacing")}
+    origin = told["origin"] and Origin(*told["origin"])
+    image = Image(**{**told, **pairs, "origin": origin, "pixels": nothing, "path": sample.path})
     return Loaded(sample, Prepared(pixels, nothing, image))
