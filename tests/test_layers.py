@@ -15,7 +15,7 @@ PACKAGE = Path(anatomaly.__file__).parent
 ROWS = (  # a module may import modules of lower rows, and its own folder's
     "cli",
     "commands",
-    "service",
+    "service archive",
     "benchmark audit explain",
     "training results",
     "detector",

@@ -200,6 +200,23 @@ def test_one_class_counts_copies_once(phantom, tmp_path):
     assert json.loads((whole.cells()[0].folder(tmp_path / "out") / "evaluation.json").read_text())[0]["shots"] == 8
 
 
+class Elsewhere(Here):
+    """A cluster that is this process."""
+
+    processors, at_once = 1, 2
+
+
+def test_a_cluster_runs_the_same_cells_and_none_twice(phantom, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "ProcessPoolExecutor", lambda *_, **__: pytest.fail("ran here"))
+    whole = grid(phantom, NEAREST)
+    assert run_grid(whole, tmp_path, cluster=Elsewhere()) == []
+    for cell in whole.cells():
+        one, two = (json.loads((cell.folder(out) / "evaluation.json").read_text()) for out in (tmp_path, finished[1]))
+        assert one == two
+    monkeypatch.setattr(Elsewhere, "submit", lambda *_: pytest.fail("ran again"))
+    assert run_grid(whole, tmp_path, cluster=Elsewhere()) == []
+
+
 # --- never twice ---
 
 

@@ -11,9 +11,10 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from anatomaly._version import __version__
 from anatomaly.benchmark.cost import Cost
@@ -48,6 +49,7 @@ def run_grid(
     out: Path,
     *,
     jobs: int = 1,
+    cluster: Cluster | None = None,
     on_step: Callable[[Sequence[str], int, int], None] = lambda running, done, total: None,
 ) -> list[Failure]:
     """Run all cells that are not finished yet.
@@ -56,6 +58,7 @@ def run_grid(
         grid: What to run.
         out: Folder; `supports.json` (few_shot) and `cells/` are written to it, trained models to `models/`.
         jobs: Processes; the machine's cores are shared out among them.
+        cluster: Machines that run the cells instead; all of them see `out` and the images under the same names.
         on_step: Called with what runs now and how many of how many cells are done: at the start, and after each cell
             and each training.
 
@@ -81,13 +84,12 @@ def run_grid(
         return []
     if lists:
         write_support_lists(lists, out / "supports.json")
-    context = multiprocessing.get_context("spawn")
-    start = (jobs, decoded_limit())
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=start) as pool:
+    with _own_processes(jobs) if cluster is None else nullcontext(_Everywhere(cluster)) as pool:
+        at_once = jobs if cluster is None else cluster.at_once
         waiting: dict[Future[None], tuple[str, list[Cell]]] = {}
 
         def running() -> list[str]:  # jobs are begun in the order in which they were submitted
-            return [name for job, (name, _) in waiting.items() if not job.done()][:jobs]
+            return [name for job, (name, _) in waiting.items() if not job.done()][:at_once]
 
         def submit(cell: Cell) -> None:
             job = pool.submit(_run_cell, grid, cell, lists, out, keys[cell])
@@ -127,6 +129,43 @@ def run_grid(
             pool.shutdown(cancel_futures=True)
             raise
     return [Failure(cell.name, reasons[cell]) for cell in keys if cell in reasons]
+
+
+class Cluster(Protocol):
+    """Machines that run calls (`archive.cluster.Tasks`)."""
+
+    processors: int
+    at_once: int
+
+    def submit(self, call: Callable[..., None], /, *arguments: Any) -> Future[None]:
+        """Run a call as soon as there is room."""
+        ...
+
+
+class _Everywhere:
+    """The calls of a grid on the machines of a cluster."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+
+    def submit(self, call: Callable[..., None], *arguments: Any) -> Future[None]:
+        return self.cluster.submit(_run_elsewhere, self.cluster.processors, decoded_limit(), call, *arguments)
+
+    def shutdown(self, *, cancel_futures: bool) -> None:
+        """What runs ends with the connection to the cluster."""
+
+
+def _run_elsewhere(threads: int, max_decoded_gib: float, call: Callable[..., None], *arguments: Any) -> None:
+    import torch
+
+    limit_decoded(max_decoded_gib)
+    torch.set_num_threads(threads)
+    call(*arguments)
+
+
+def _own_processes(jobs: int) -> ProcessPoolExecutor:
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=(jobs, decoded_limit()))
 
 
 def _finished(folder: Path, key: Mapping[str, Any]) -> bool:

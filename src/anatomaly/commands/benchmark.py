@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from jsonargparse import ArgumentParser, Namespace
 
+    from anatomaly.archive.cluster import Tasks
     from anatomaly.benchmark.grid import Entry
     from anatomaly.benchmark.run import Failure
 
@@ -43,7 +44,10 @@ def grid_arguments(parser: ArgumentParser) -> None:
     add("--draws", type=int, default=5, help="Support draws per seed.")
     add("--supports", type=str, help="Fixed supports: the supports.json of another benchmark.")
     add("--reference", type=str, help="Method that the others are compared with; default nearest, else the first.")
-    add("--jobs", type=int, default=1, help="Processes.")
+    add("--jobs", type=int, default=1, help="Processes on this machine.")
+    add("--engine", type=Literal["process", "ray"], default="process", help="ray: cells run on all machines.")
+    add("--address", type=str | None, default=None, help="With ray: HOST:PORT of a cluster. Default: this machine.")
+    add("--cell_cores", type=int, default=1, help="With ray: processors of a cell; a GPU is added where there are any.")
     settings_arguments(parser)
 
 
@@ -75,8 +79,8 @@ def run_grid(options: Namespace) -> int:
         supports=Path(options.supports) if options.supports else None,
     )
     out = Path(options.out)
-    with _steps() as step:
-        failures = run_grid(grid, out, jobs=options.jobs, on_step=step)
+    with _cluster(options) as cluster, _steps() as step:
+        failures = run_grid(grid, out, jobs=options.jobs, cluster=cluster, on_step=step)
     cells = read_cells(cell.folder(out) for cell in grid.cells())
     if cells:
         done = {cell.entry for cell in cells}
@@ -92,6 +96,26 @@ def run_grid(options: Namespace) -> int:
             table.print()
         print(f"{out}/leaderboard.html")
     return _ending(failures)
+
+
+@contextmanager
+def _cluster(options: Namespace) -> Iterator[Tasks | None]:
+    """Yields where the cells run, or None for processes of this machine."""
+    if options.engine == "process":
+        if options.address is not None:
+            raise ConfigError("benchmark: --address is for --engine ray. Give both or neither.")
+        yield None
+        return
+    if options.jobs != 1 or options.cell_cores < 1:
+        raise ConfigError("benchmark: --jobs is for one machine. With --engine ray give --cell_cores 1 or more.")
+    import torch
+
+    from anatomaly.archive.cluster import tasks
+
+    use_gpus = options.training.device != "cpu"
+    cores = torch.get_num_threads()
+    with tasks(options.address, processors=cores, each=options.cell_cores, use_gpus=use_gpus) as found:
+        yield found
 
 
 @contextmanager

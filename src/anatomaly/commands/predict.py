@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from anatomaly.commands.arguments import (
-    check_support_options,
-    check_takes_support,
-    load_detector,
-    manifest_of,
-    model_arguments,
-    support_arguments,
-    support_rows,
-)
+from anatomaly.commands.archive import archive_arguments, check_engine, run_archive
+from anatomaly.commands.arguments import check_support_options, manifest_of, model_arguments, support_arguments
 from anatomaly.commands.console import ended_by_signal, fail, say
 from anatomaly.commands.progress import progress
-from anatomaly.commands.support import warn_of_odd
-from anatomaly.commands.volumes import (
-    check_bank,
-    check_volume_options,
-    near,
-    shown,
-    slices_of,
-    support_slices,
-    volume_arguments,
-)
+from anatomaly.commands.ready import ready_detector
+from anatomaly.commands.volumes import check_volume_options, slices_of, volume_arguments
 from anatomaly.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,12 +26,14 @@ def predict_arguments(parser: ArgumentParser) -> None:
     support_arguments(parser)
     volume_arguments(parser)
     parser.add_argument("--out", type=str, required=True, help="Folder for tables, maps, overlays and report.")
-    parser.add_argument("--maps", type=bool, default=True, help="Write maps as float32 arrays and volumes.")
-    parser.add_argument("--overlays", type=bool, default=True, help="Write overlays as PNG.")
+    flag, archive = bool | None, "Default yes, with --engine ray no."
+    parser.add_argument("--maps", type=flag, default=None, help=f"Write maps as float32 arrays and volumes. {archive}")
+    parser.add_argument("--overlays", type=flag, default=None, help=f"Write overlays as PNG. {archive}")
     parser.add_argument("--dicom", type=bool, default=False, help="Write DICOM objects of DICOM images, to OUT/dicom.")
     parser.add_argument("--alpha", type=float | None, default=None, help="Call images at this false-positive rate.")
     parser.add_argument("--fdr", type=float | None, default=None, help="Call with at most this share of false calls.")
     parser.add_argument("--dependent", type=bool, default=False, help="Let fdr hold under any dependence; calls fewer.")
+    archive_arguments(parser)
 
 
 def run_predict(options: Namespace) -> int:
@@ -55,30 +42,17 @@ def run_predict(options: Namespace) -> int:
 
     check_support_options(options, "predict")
     check_volume_options(options, "predict")
+    check_engine(options)
     _refuse_inputs(options)
     refuse_finished(Path(options.out))
+    if options.engine == "ray":
+        return run_archive(options)
     samples = slices_of(manifest_of(options.images, options.task), options)
 
-    from anatomaly.data.transforms import load
     from anatomaly.results.cases import count
     from anatomaly.results.folder import predict_to_folder  # takes seconds to load
 
-    supports = _supports(options)
-    detector = load_detector(options)
-    check_takes_support(options, "predict", detector)
-    pictures = []
-    if options.bank is not None:
-        detector.load_support(options.bank)
-        check_bank(options, detector)
-    elif options.support is None:
-        detector.set_task(options.task, intensity=options.intensity)
-    else:
-        detector.set_support(supports, task=options.task, intensity=options.intensity, near=near(options))
-        pictures = [load(row, detector.ready().preprocessing).display for row in shown(supports, options)]
-    if options.axis is None:  # slices of one volume differ by far
-        warn_of_odd(detector.ready())
-    if options.save_bank is not None:
-        detector.save_support(options.save_bank)
+    detector, pictures = ready_detector(options, "predict")
     with progress("predict", len(samples)) as advance:
 
         def go_on(done: int, total: int) -> None:
@@ -94,8 +68,8 @@ def run_predict(options: Namespace) -> int:
                     batch_size=options.batch_size,
                     task=options.task,
                     bank_images=pictures,
-                    maps=options.maps,
-                    overlays=options.overlays,
+                    maps=options.maps is not False,
+                    overlays=options.overlays is not False,
                     dicom=options.dicom,
                     alpha=options.alpha,
                     fdr=options.fdr,
@@ -125,15 +99,6 @@ def run_predict(options: Namespace) -> int:
     if not scored:
         return fail("no image could be scored; scores.csv says why for each.")
     return 0
-
-
-def _supports(options: Namespace) -> Any:
-    """The rows of the support; none where there are no such options."""
-    if options.support is None:
-        return []
-    if options.axis is None:
-        return support_rows(options.support, options.task, options.shots)
-    return support_slices(manifest_of(options.support, options.task), options)
 
 
 def _refuse_inputs(options: Namespace) -> None:

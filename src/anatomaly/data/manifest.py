@@ -172,6 +172,15 @@ def _can_be_opened(path: Path) -> bool:
     return is_folder
 
 
+def is_plain_folder(folder: Path) -> bool:
+    """Whether `load_manifest` takes a folder for nothing but images: no table, no splits, no data sets in it.
+
+    Args:
+        folder: One that is there.
+    """
+    return not (_is_data_set(folder) or any(map(_is_data_set, subfolders(folder))))
+
+
 def is_table(path: Path) -> bool:
     """Whether a file is a data set by its suffix (a table or a meta.json), not one image."""
     return path.suffix.lower() in {".json", *spreadsheet.TABLE_SUFFIXES}
@@ -271,12 +280,12 @@ def _read_csv(path: Path, task: str | None) -> list[Sample]:
     unclear: dict[str, str] = {}
     for number, cells in spreadsheet.read_rows(path):
         if not samples and not unclear:
-            _tell_misspelt(cells, path)
+            tell_misspelt(cells, path)
         label = cells.get("label", "")
         if label and words.meaning_of(label) is None:
             unclear.setdefault(label, f"row {number}")
         else:
-            samples.append(_csv_sample(cells, path.parent, default_task, f"{path}: row {number}"))
+            samples.append(row_of_csv(cells, path.parent, default_task, f"{path}: row {number}"))
     if len(unclear) == 1:
         raise words.unclear_labels(dict.fromkeys(unclear, ""), f"{path}: {next(iter(unclear.values()))}", folder=False)
     if unclear:
@@ -286,7 +295,7 @@ def _read_csv(path: Path, task: str | None) -> list[Sample]:
     return samples
 
 
-def _tell_misspelt(columns: Iterable[str], path: Path) -> None:
+def tell_misspelt(columns: Iterable[str], path: str | Path) -> None:
     """Warn of columns that are not read and whose name is nearly that of one that is, and is not there."""
     there = {"mask" if name == "mask_path" else name for name in columns}
     for name in sorted(there - set(COLUMNS)):
@@ -294,7 +303,18 @@ def _tell_misspelt(columns: Iterable[str], path: Path) -> None:
             logger.warning("%s: column %s is not read. Is it meant to be %s?", path, name, near[0])
 
 
-def _csv_sample(cells: Mapping[str, str], folder: Path, default_task: str, where: str) -> Sample:
+def row_of_csv(cells: Mapping[str, str], folder: Path, default_task: str, where: str) -> Sample:
+    """The row that the cells of a table's line say.
+
+    Args:
+        cells: By column name, as `spreadsheet.read_rows` gives them.
+        folder: Where relative paths start.
+        default_task: Name of the task where there is none.
+        where: Start of an error message, such as "cases.csv: row 7".
+
+    Raises:
+        ManifestError: A cell that means nothing.
+    """
     if not cells["path"]:
         raise ManifestError(f"{where}: path is empty.")
     mask, label, split = cells.get("mask") or cells.get("mask_path"), cells.get("label"), cells.get("split")

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from anatomaly.backbones.teacher import Teacher
+    from anatomaly.data.loading import Loaded
     from anatomaly.data.transforms import Prepared
     from anatomaly.detector.facts import ModelFacts
     from anatomaly.scoring import Precision, Scored
@@ -321,32 +322,31 @@ class Detector:
     def predict(
         self, items: Iterable[str | Path | Sample], *, batch_size: int = 16, task: str = "task"
     ) -> Iterator[Prediction]:
-        """Judge files against the current support, in order.
+        """Judge files against the current support, in order; an unreadable one carries `error` and ends nothing.
 
         Args:
             items: Files (a volume gives one prediction per slice) or manifest rows.
             batch_size: Images per forward pass; changes no score, as `scoring.predict_tensor` promises.
             task: Task name of items given as files.
 
-        Yields:
-            One `Prediction` per image; an unreadable one carries `error` and ends nothing.
-
         Raises:
             NotReadyError: There is no support yet.
         """
         bank = self.ready()
-        calibration, _ = self.find_calibration()
         if batch_size < 1:
             raise ConfigError(f"predict: batch_size is {batch_size}, expected at least 1.")
         started = time.perf_counter()
         for batch in load_batches(rows_of(items, task=task), bank.preprocessing, batch_size=batch_size):
-            readable = [(item.sample, item.prepared) for item in batch if item.prepared is not None]
-            scored = iter([with_p_value(each, bank, calibration) for each in self._score(readable, bank)])
-            seconds = (time.perf_counter() - started) / len(batch)
-            for item in batch:
-                failure = Prediction(sample=item.sample, score=float("nan"), error=item.error)
-                yield replace(failure if item.prepared is None else next(scored), seconds=seconds)
+            yield from self.judge(batch, since=started)
             started = time.perf_counter()
+
+    def judge(self, batch: Sequence[Loaded], *, since: float) -> list[Prediction]:
+        """One `Prediction` for each image that `data.loading` read, in order; all cost their share of time `since`."""
+        bank, (calibration, _) = self.ready(), self.find_calibration()
+        scored = iter(self._score([(each.sample, each.prepared) for each in batch if each.prepared], bank))
+        told = [next(scored) if one.prepared else Prediction(one.sample, np.nan, error=one.error) for one in batch]
+        seconds = (time.perf_counter() - since) / len(batch)
+        return [replace(with_p_value(each, bank, calibration), seconds=seconds) for each in told]
 
     def encode(self, inputs: Sequence[NDArray[np.float32]]) -> Sequence[Tensor]:
         """Encode prepared (3, H, W) inputs once, to be compared with any number of banks."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from anatomaly.detector.conformal import Call, describe
 from anatomaly.results.cases import GROUPS, KINDS, Reference, count, is_called, number, shares_of
@@ -40,15 +41,63 @@ def _histogram(
     references: Sequence[Reference],
     calls: Sequence[Call],
 ) -> str:
-    """How the scores are spread, as inline SVG; bars are stacked by known label, references are marks below."""
-    normals = [each.score for each in references if math.isfinite(each.score)]
     scores = np.array([p.score for p in scored], dtype=np.float64)
-    halves = np.append(scores, normals) / 2  # for the spread of the largest numbers is no number
-    low, spread = halves.min(), np.ptp(halves) or 1.0
-    bins = min(30, max(5, round(2 * math.sqrt(len(scores)))))
+    ends = (float(scores.min()), float(scores.max()))
+    bins = bins_for(len(scores))
+    known = np.array([-1 if p.sample.label is None else p.sample.label for p in scored])
+    counts = {k: in_bins(scores[known == (-1 if k is None else k)], ends, references, bins) for k in labels}
+    return histogram(counts, ends, references, calls)
+
+
+def bins_for(count: int) -> int:
+    """Bars of a histogram of so many scores."""
+    return min(30, max(5, round(2 * math.sqrt(count))))
+
+
+def _span(ends: tuple[float, float], references: Sequence[Reference]) -> tuple[float, float]:
+    """Half of the lowest score and of the spread, with those of the references: the largest spread is no number."""
+    halves = [each / 2 for each in (*ends, *_known(references))]
+    return min(halves), (max(halves) - min(halves)) or 1.0
+
+
+def _known(references: Sequence[Reference]) -> list[float]:
+    return [each.score for each in references if math.isfinite(each.score)]
+
+
+def in_bins(
+    scores: NDArray[np.float64], ends: tuple[float, float], references: Sequence[Reference], bins: int
+) -> NDArray[np.intp]:
+    """(bins,) how many scores each bar of `histogram` holds.
+
+    Args:
+        scores: Some of all.
+        ends: The lowest and the highest of all.
+        references: They may reach further.
+        bins: From `bins_for`.
+    """
+    low, spread = _span(ends, references)
     index = np.minimum(((scores / 2 - low) / spread * bins).astype(np.intp), bins - 1)
-    counts = {k: np.bincount(index[[p.sample.label == k for p in scored]], minlength=bins) for k in labels}
-    tallest = int(np.bincount(index).max())
+    return np.bincount(index, minlength=bins)
+
+
+def histogram(
+    counts: Mapping[int | None, NDArray[np.intp]],
+    ends: tuple[float, float],
+    references: Sequence[Reference],
+    calls: Sequence[Call],
+) -> str:
+    """How the scores are spread, as inline SVG; bars are stacked by known label, references are marks below.
+
+    Args:
+        counts: From `in_bins`, by label.
+        ends: The lowest and the highest score.
+        references: The support images.
+        calls: What was called.
+    """
+    labels, normals = list(counts), _known(references)
+    (low, spread), bins = _span(ends, references), len(next(iter(counts.values())))
+    tallest, scores = int(np.max(sum(counts.values()))), int(np.sum(list(counts.values())))
+    high = max(each / 2 for each in (*ends, *normals))
     step = _WIDTH / bins
     drawn = []
     below = np.zeros(bins)
@@ -61,26 +110,26 @@ def _histogram(
         ]
         below += heights
     for call in calls:
-        if halves.min() <= call.score / 2 <= halves.max():
+        if low <= call.score / 2 <= high:
             x = f"{_WIDTH * ((call.score / 2 - low) / spread):.1f}"
             name = f"{escaped(call.name)}: above {number(call.score)}"
             drawn.append(f'<line class="cut" x1="{x}" x2="{x}" y1="0" y2="{_HEIGHT}"><title>{name}</title></line>')
     for reference in references:
         if math.isfinite(reference.score):
-            x = _WIDTH * ((reference.score / 2 - low) / spread)
+            place = _WIDTH * ((reference.score / 2 - low) / spread)
             name = f"{escaped(reference.name)}: {number(reference.score)}"
             top, foot = _HEIGHT + 3, _HEIGHT + _MARKS
-            shape = f"M{x:.1f} {top}l-5 {foot - top}h10z"
+            shape = f"M{place:.1f} {top}l-5 {foot - top}h10z"
             drawn.append(f'<path class="reference" d="{shape}"><title>{name}</title></path>')
     legend = "".join(f'<span class="{KINDS[k]}">{GROUPS[k]}</span>' for k in labels if labels != [None])
     legend += '<span class="reference">references, each judged by the others</span>' if normals else ""
-    lowest, highest = number(2 * halves.min()), number(2 * halves.max())
+    lowest, highest = number(2 * low), number(2 * high)
     fullest = count(tallest, "image")
-    alt = f"Histogram of image scores from {number(scores.min())} to {number(scores.max())}; "
+    alt = f"Histogram of image scores from {number(ends[0])} to {number(ends[1])}; "
     alt += f"the fullest bar holds {fullest}."
     alt += f" References from {number(min(normals))} to {number(max(normals))}." if normals else ""
     return (
-        f'<figure class="histogram"><figcaption>Distribution of the {count(len(scored), "score")}, fullest bar '
+        f'<figure class="histogram"><figcaption>Distribution of the {count(scores, "score")}, fullest bar '
         f'{fullest}{"; dashed: called above" if calls else ""} <span class="legend">{legend}</span></figcaption>'
         f'<svg viewBox="-6 0 {_WIDTH + 12} {_HEIGHT + _MARKS + 1}" role="img" aria-label="{alt}">{"".join(drawn)}'
         f'<line class="axis" x1="0" x2="{_WIDTH}" y1="{_HEIGHT}" y2="{_HEIGHT}"/></svg>'

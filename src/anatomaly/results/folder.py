@@ -130,7 +130,7 @@ def predict_to_folder(
             out, scale=bank.map_range, support_names=bank.names, maps=maps, overlays=overlays, stored=stored
         ) as writer:
             for prediction in detector.predict(rows[len(stored) :], batch_size=batch_size, task=task):
-                prediction = writer.write(_judged(prediction))
+                prediction = writer.write(with_finite_score(prediction))
                 kept.append(replace(prediction, image=None, anomaly_map=None))
                 dropped = _drop_lowest(highest, len(kept) - 1, prediction)
                 if dropped is not None:
@@ -150,7 +150,7 @@ def predict_to_folder(
             bank_images=bank_images,
             scale=bank.map_range,
             normal_scores=bank.normal_scores,
-            about=_about(detector, bank.task),
+            about=about_run(detector, bank.task),
             tables=tables,
             calibration=calibration,
             calls=calls,
@@ -190,7 +190,7 @@ def _seen_again(detector: Detector, out: Path, stored: Stored) -> Prediction:
     return replace(prediction, image=again.image, anomaly_map=again.anomaly_map)
 
 
-def _judged(prediction: Prediction) -> Prediction:
+def with_finite_score(prediction: Prediction) -> Prediction:
     """The prediction; one whose score is no number is an error, for it can be neither ranked nor called."""
     if prediction.error is not None or math.isfinite(prediction.score):
         return prediction
@@ -264,7 +264,7 @@ def _remarks(
         )
 
 
-def _about(detector: Detector, task: str) -> dict[str, str]:
+def about_run(detector: Detector, task: str) -> dict[str, str]:
     """The facts of the model that a reader of the report may need."""
     preprocessing, scoring = detector.preprocessing, detector.scoring
     pooled = f"mean of the highest {100 * scoring.top_fraction:g} %" if scoring.pooling == "topk" else scoring.pooling

@@ -77,7 +77,7 @@ def write_report(
     """
     path = out / "report.html" if out.is_dir() else out
     scored = sorted((p for p in predictions if _is_scored(p)), key=lambda p: -p.score)
-    references = _references(bank_names, bank_images, normal_scores or ())
+    references = references_of(bank_names, bank_images, normal_scores or ())
     scale_bar = png_uri(render_map(np.linspace(*scale, 256)[None].repeat(14, axis=0), scale))
     run = pairs(about or {}, "about")
     figures = (
@@ -94,7 +94,10 @@ def write_report(
     return path
 
 
-def _references(names: Sequence[str], images: Sequence[NDArray[Any]], scores: Sequence[float]) -> tuple[Reference, ...]:
+def references_of(
+    names: Sequence[str], images: Sequence[NDArray[Any]], scores: Sequence[float]
+) -> tuple[Reference, ...]:
+    """The support images as a page shows them; arguments as in `write_report`."""
     references = []
     for k, name in enumerate(names):
         picture = small = ""

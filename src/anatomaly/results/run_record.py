@@ -40,6 +40,8 @@ _OTHER = {
     "calibration": "another calibration",
     "maps": "another choice of maps",
     "overlays": "another choice of overlays",
+    "engine": "another engine",
+    "chunk": "another size of chunks",
     "version": "another version of anatomaly",
 }
 
@@ -105,10 +107,10 @@ def begin(out: Path, facts: Mapping[str, Any]) -> bool:
         OutputError: As `refuse_finished`; or it holds an unfinished run of something else, or cannot be written to.
     """
     found = _unfinished(out)
-    left = [] if found is None else [each for kind in ("maps", "overlays") for each in (out / kind).glob("*")]
+    left = [] if found is None else [each for kind in ("maps", "overlays", "table") for each in (out / kind).glob("*")]
     whole = [file for file in left if file.suffix != ".part"]
     if found not in (None, facts) and (whole or _size(out / "scores.jsonl")):
-        other = [words for name, words in _OTHER.items() if found.get(name) != facts[name]]
+        other = [words for name, words in _OTHER.items() if found.get(name) != facts.get(name)]
         raise OutputError(
             f"{out}: holds an unfinished run with {', '.join(other)}. Give the same as before to go on with it. Else "
             "choose another output folder, or remove this one."
