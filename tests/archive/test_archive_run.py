@@ -231,6 +231,7 @@ def descendants(of):
     return found
 
 
+@pytest.mark.slow
 def test_workers_that_are_killed_cost_nothing(judging, archive, one_process, one_ray, tmp_path):
     names = [f"p{number % 8}.png" if number % 50 else "broken.png" for number in range(300)]
     pq.write_table(pa.table({"path": [str(archive / name) for name in names]}), tmp_path / "table.parquet")
@@ -256,6 +257,7 @@ def test_workers_that_are_killed_cost_nothing(judging, archive, one_process, one
         assert row["score"] == (None if row["error"] else pytest.approx(known[name]["score"], rel=1e-5))
 
 
+@pytest.mark.slow
 def test_a_driver_that_is_killed_goes_on(judging, archive, one_ray, tmp_path, capsys):
     judging.save(tmp_path / "model")
     judging.save_support(tmp_path / "bank")

@@ -60,7 +60,7 @@ def run(file, images, **given):
     return session.run(["map", "score"], {"images": np.stack(images), **given})
 
 
-@pytest.mark.parametrize("name", METHODS.built_in)
+@pytest.mark.parametrize("name", [name for name in METHODS.built_in if name != "matching"])  # which the command exports
 def test_onnxruntime_scores_as_the_detector_in_any_batch(name, made, files, tmp_path):
     detector = made(name, Scoring() if name == "pdd" else DEFAULT)
     images = inputs(detector, files)
@@ -74,7 +74,7 @@ def test_onnxruntime_scores_as_the_detector_in_any_batch(name, made, files, tmp_
 
 
 def test_the_support_may_be_an_input(made, files, tmp_path, monkeypatch):
-    detector = made("matching")
+    detector = made("nearest")
     monkeypatch.setattr(export, "_compare_openvino", lambda content, given, named, scores: float(scores.sum()))
     images = inputs(detector, files)
     done = export_model(detector, tmp_path / "model.onnx", images[3:], support=images[:3])

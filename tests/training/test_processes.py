@@ -191,6 +191,7 @@ def test_two_processes_learn_what_one_does_and_one_goes_on_where_two_were_killed
     assert not (out / "training/run.json").read_text().count("devices")
 
 
+@pytest.mark.slow
 def test_pdd_learns_in_two_processes_what_it_does_in_one(scans, tmp_path, one_teacher, whole_runs, capfd, caplog):
     """From the command line; the last batch is one image, which both take; every validated epoch is kept once."""
     fewer = replace(scans, samples=scans.samples[3:])
