@@ -174,14 +174,14 @@ def in_this_process(detector, source, folder):
 
 def test_copies_are_removed_when_they_were_read(judging, archive, tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "all.zip", "w") as stream:
-        for number in range(12):
+        for number in range(40):
             stream.write(archive / "p0.png", f"{number}.png")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     facts = {"frame": None, "task": "ct", "label": None, "patient_id": None, "whole": True}
-    rows = [{"path": f"zip://{number}.png::file://{tmp_path}/all.zip", **facts} for number in range(12)]
+    rows = [{"path": f"zip://{number}.png::file://{tmp_path}/all.zip", **facts} for number in range(40)]
     read = Reader(judging.preprocessing, 2, Path("/")).load(rows)
     left = [len(list(tmp_path.glob("anatomaly-*/*"))) for _ in read]
-    assert max(left) <= 7  # a batch in hand, one that is read and one that is fetched, and the row after them
+    assert max(left) < 20  # some batches ahead, not all
     assert not list(tmp_path.glob("anatomaly-*"))
 
 

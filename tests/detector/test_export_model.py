@@ -60,7 +60,14 @@ def run(file, images, **given):
     return session.run(["map", "score"], {"images": np.stack(images), **given})
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS.built_in if name != "matching"])  # which the command exports
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name == "attention" else [])
+        for name in METHODS.built_in
+        if name != "matching"  # which the command exports
+    ],
+)
 def test_onnxruntime_scores_as_the_detector_in_any_batch(name, made, files, tmp_path):
     detector = made(name, Scoring() if name == "pdd" else DEFAULT)
     images = inputs(detector, files)
