@@ -181,7 +181,7 @@ def test_copies_are_removed_when_they_were_read(judging, archive, tmp_path, monk
     rows = [{"path": f"zip://{number}.png::file://{tmp_path}/all.zip", **facts} for number in range(40)]
     read = Reader(judging.preprocessing, 2, Path("/")).load(rows)
     left = [len(list(tmp_path.glob("anatomaly-*/*"))) for _ in read]
-    assert max(left) < 20  # some batches ahead, not all
+    assert max(left) < 15  # some batches ahead, however many there are
     assert not list(tmp_path.glob("anatomaly-*"))
 
 

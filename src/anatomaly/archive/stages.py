@@ -90,13 +90,15 @@ class Reader:
                 items.extend(found)
                 yield from (each.sample for each in found)
 
+        there: set[Path] = set()
         with tempfile.TemporaryDirectory(prefix="anatomaly-") as copies:
             for batch in load_batches(samples(Path(copies)), self.preprocessing, batch_size=self.batch_size):
                 told = [(item := items.popleft(), item.named(each)) for each in batch]
                 yield told
-                read = {item.sample.path for item, _ in told if is_remote(item.path)} - {told[-1][0].sample.path}
-                for copy in read:
+                there |= {item.sample.path for item, _ in told if is_remote(item.path)}
+                for copy in there - {told[-1][0].sample.path}:  # of the last one there may be more images to come
                     copy.unlink(missing_ok=True)
+                there &= {told[-1][0].sample.path}
 
     def _items(self, number: int, row: Mapping[str, Any], copies: Path) -> list[Item]:
         """The images of a row of the list: of a file that counts as a whole all there are."""
